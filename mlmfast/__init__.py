@@ -1,0 +1,46 @@
+"""Masked language models, as cheap to use as causal ones: exact pseudo-log-likelihoods in one packed pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlmfast.errors import (
+    BackendError,
+    CheckpointError,
+    MLMFastError,
+    RequestError,
+    TextError,
+    UnsupportedModelError,
+)
+from mlmfast.masking import METRICS
+from mlmfast.results import Distribution, Fill, Ranking, Score
+
+if TYPE_CHECKING:
+    from mlmfast.model import MaskedLM, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METRICS",
+    "BackendError",
+    "CheckpointError",
+    "Distribution",
+    "Fill",
+    "MLMFastError",
+    "MaskedLM",
+    "Ranking",
+    "RequestError",
+    "Score",
+    "TextError",
+    "UnsupportedModelError",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `mlmfast --help` should not.
+    if name in ("MaskedLM", "load"):
+        from mlmfast import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'mlmfast' has no attribute {name!r}")

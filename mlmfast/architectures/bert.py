@@ -1,0 +1,70 @@
+"""BERT (Devlin et al. 2019, arXiv 1810.04805): absolute positions, post-norm, ``cls.predictions``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mlmfast.architectures import activation, require
+from mlmfast.architectures.spec import Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm
+
+
+def build(model: nn.Module, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
+    """The spec of a ``BertForMaskedLM``; both semantics are the same."""
+    config: Any = model.config
+    predictions = model.cls.predictions
+    return EncoderSpec(
+        family=config.model_type,
+        embedding=embedding(model.bert.embeddings),
+        layers=encoder_layers(model.bert.encoder, config),
+        head=Head(
+            dense=Linear.of(predictions.transform.dense),
+            activation=activation(config.hidden_act, "hidden_act", config.model_type),
+            norm=Norm.of(predictions.transform.LayerNorm),
+            vocabulary=predictions.decoder.weight,
+            bias=predictions.decoder.bias,
+        ),
+        heads=config.num_attention_heads,
+        scale=(config.hidden_size // config.num_attention_heads) ** -0.5,
+        activation=activation(config.hidden_act, "hidden_act", config.model_type),
+        max_length=config.max_position_embeddings,
+    )
+
+
+def embedding(module: Any, first_position: int = 0, padding_id: int | None = None) -> Embedding:
+    """Embeddings laid out as BERT's, which RoBERTa shares."""
+    return Embedding(
+        words=module.word_embeddings.weight,
+        norm=Norm.of(module.LayerNorm),
+        positions=module.position_embeddings.weight,
+        types=module.token_type_embeddings.weight,
+        first_position=first_position,
+        padding_id=padding_id,
+    )
+
+
+def encoder_layers(encoder: Any, config: Any) -> list[Layer]:
+    """Layers laid out as BERT's, which RoBERTa shares.
+
+    Raises:
+        UnsupportedModelError: the config asks for a decoder, cross-attention or relative positions.
+    """
+    name = config.model_type
+    require(not getattr(config, "is_decoder", False), name, "is_decoder=True")
+    require(not getattr(config, "add_cross_attention", False), name, "add_cross_attention=True")
+    scheme = getattr(config, "position_embedding_type", "absolute")
+    require(scheme in (None, "absolute"), name, f"position_embedding_type={scheme!r}")
+    return [
+        Layer(
+            query=Linear.of(layer.attention.self.query),
+            key=Linear.of(layer.attention.self.key),
+            value=Linear.of(layer.attention.self.value),
+            output=Linear.of(layer.attention.output.dense),
+            attention_norm=Norm.of(layer.attention.output.LayerNorm),
+            up=Linear.of(layer.intermediate.dense),
+            down=Linear.of(layer.output.dense),
+            feed_forward_norm=Norm.of(layer.output.LayerNorm),
+        )
+        for layer in encoder.layer
+    ]

@@ -1,0 +1,200 @@
+"""DeBERTa-v2 and v3 (He et al. 2021, arXiv 2006.03654): disentangled attention over relative distances.
+
+A score is ``(q.k + q.PosKey[row] + k.PosQuery[row]) * scale`` with ``row`` looked up by the distance from query to
+key. Two semantics:
+
+- ``"upstream"`` is what transformers computes: distances are not clamped, so beyond ``max_relative_positions`` the
+  first row of the table is read, which training never reached.
+- ``"trained"`` is the model as it was trained: distances clamp to ``max_relative_positions - 1`` before bucketing, and
+  where the checkpoint carries absolute positions that the embeddings do not use, they drive the enhanced mask decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+from mlmfast.architectures import activation, require
+from mlmfast.architectures.spec import Convolution, Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm
+
+# Absolute positions that only the enhanced mask decoder reads; transformers drops them when it loads.
+MASK_DECODER = "deberta.embeddings.position_embeddings.weight"
+EXTRAS = (MASK_DECODER,)
+
+
+def prepare_config(config: Any, keys: set[str], semantics: str) -> None:
+    """Points the config at the prediction head that the checkpoint really holds.
+
+    Microsoft's checkpoints store ``lm_predictions`` under a config that says ``legacy``, for which transformers builds
+    a fresh ``cls.predictions``. Upstream semantics keep that, and loading then refuses the untrained head.
+    """
+    held = {legacy for legacy, prefix in ((False, "lm_predictions."), (True, "cls.predictions."))
+            if any(key.startswith(prefix) for key in keys)}
+    if semantics == "trained" and len(held) == 1:
+        config.legacy = held.pop()
+
+
+def build(model: nn.Module, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
+    """The spec of a ``DebertaV2ForMaskedLM``.
+
+    Args:
+        model: the Hugging Face model.
+        derived: keeps the projected position tables.
+        extras: tensors of :data:`EXTRAS` found in the checkpoint.
+        semantics: ``"trained"`` or ``"upstream"``.
+    """
+    config: Any = model.config
+    encoder = model.deberta.encoder
+    heads = config.num_attention_heads
+    terms = config.pos_att_type or []
+    unknown = sorted(set(terms) - {"c2p", "p2c"})
+    require(not unknown, "deberta-v2", f"pos_att_type with {', '.join(unknown)}")
+    # A term counts towards the scale even where relative_attention is off and it is never computed.
+    factor = 1 + ("c2p" in terms) + ("p2c" in terms)
+    mask_decoder = None
+    if semantics == "trained" and not config.position_biased_input:
+        mask_decoder = extras.get(MASK_DECODER)
+    if mask_decoder is not None:
+        require(
+            mask_decoder.shape[1] == config.hidden_size,
+            "deberta-v2",
+            f"an enhanced mask decoder of width {mask_decoder.shape[1]} over hidden_size {config.hidden_size} "
+            "(semantics='upstream' goes without it)",
+        )
+    return EncoderSpec(
+        family=config.model_type,
+        embedding=_embedding(model.deberta.embeddings),
+        layers=[_layer(model, i, derived, terms) for i in range(len(encoder.layer))],
+        head=_head(model),
+        heads=heads,
+        scale=1 / math.sqrt(encoder.layer[0].attention.self.attention_head_size * factor),
+        activation=activation(config.hidden_act, "hidden_act", "deberta-v2"),
+        buckets=_buckets(encoder, derived, semantics) if encoder.relative_attention and terms else None,
+        mask_decoder=mask_decoder,
+        max_length=config.max_position_embeddings if config.position_biased_input else None,
+    )
+
+
+def _embedding(module: Any) -> Embedding:
+    positions, types = module.position_embeddings, module.token_type_embeddings
+    return Embedding(
+        words=module.word_embeddings.weight,
+        norm=Norm.of(module.LayerNorm),
+        positions=None if positions is None else positions.weight,
+        types=None if types is None else types.weight,
+        projection=None if module.embed_proj is None else Linear.of(module.embed_proj),
+    )
+
+
+def _layer(model: Any, index: int, derived: Derived, terms: list[str]) -> Layer:
+    encoder = model.deberta.encoder
+    layer = encoder.layer[index]
+    attention = layer.attention.self
+    pos_key = pos_query = None
+    if encoder.relative_attention:
+        shared = attention.share_att_key
+        if "c2p" in terms:
+            pos_key = _position_table(
+                encoder, attention, attention.key_proj if shared else attention.pos_key_proj, ("c2p", index), derived
+            )
+        if "p2c" in terms:
+            pos_query = _position_table(
+                encoder, attention, attention.query_proj if shared else attention.pos_query_proj, ("p2c", index), derived
+            )
+    return Layer(
+        query=Linear.of(attention.query_proj),
+        key=Linear.of(attention.key_proj),
+        value=Linear.of(attention.value_proj),
+        output=Linear.of(layer.attention.output.dense),
+        attention_norm=Norm.of(layer.attention.output.LayerNorm),
+        up=Linear.of(layer.intermediate.dense),
+        down=Linear.of(layer.output.dense),
+        feed_forward_norm=Norm.of(layer.output.LayerNorm),
+        pos_key=pos_key,
+        pos_query=pos_query,
+        convolution=_convolution(encoder.conv, derived) if index == 0 and encoder.conv is not None else None,
+    )
+
+
+def _position_table(encoder: Any, attention: Any, projection: Any, name: tuple[str, int], derived: Derived) -> Tensor:
+    """``[2 span, H, D]``: the normalised position embeddings through one layer's projection."""
+    norm = encoder.LayerNorm if "layer_norm" in encoder.norm_rel_ebd else None
+    table = encoder.rel_embeddings.weight
+
+    def build() -> Tensor:
+        rows = table if norm is None else F.layer_norm(table, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        rows = F.linear(rows[: 2 * attention.pos_ebd_size], projection.weight, projection.bias)
+        return rows.view(len(rows), attention.num_attention_heads, attention.attention_head_size)
+
+    sources = [table, projection.weight, projection.bias]
+    if norm is not None:
+        sources += [norm.weight, norm.bias]
+    return derived.get(name, sources, build)
+
+
+def _buckets(encoder: Any, derived: Derived, semantics: str) -> Tensor:
+    """int32 ``[2 N + 1]``: the table row of each distance, saturated at both ends."""
+    buckets, span = encoder.position_buckets, encoder.max_relative_positions
+    device = encoder.rel_embeddings.weight.device
+    # With half the buckets at or past the longest distance the logarithm's formula divides by zero or turns round.
+    require(buckets <= 0 or buckets // 2 < span - 1, "deberta-v2", f"position_buckets={buckets} for {span} positions")
+    longest = span - 1 if semantics == "trained" else span
+
+    def build() -> Tensor:
+        distances = torch.arange(-longest, longest + 1)
+        rows = make_log_bucket_position(distances, buckets, span) if buckets > 0 else distances
+        half = buckets if buckets > 0 else span
+        return (rows.long() + half).clamp(0, 2 * half - 1).to(torch.int32).to(device)
+
+    return derived.get(("buckets", semantics, device), [], build)
+
+
+def _convolution(module: Any, derived: Derived) -> Convolution:
+    conv = module.conv
+    width, groups = conv.kernel_size[0], conv.groups
+    require(width % 2 == 1, "deberta-v2", f"conv_kernel_size={width} (an even one)")
+
+    def build() -> Tensor:
+        out, inner, _ = conv.weight.shape  # [d, d / groups, width]
+        dense = conv.weight.new_zeros(out, width, inner * groups)
+        for g in range(groups):  # each group of outputs reads its own group of inputs
+            rows = slice(g * out // groups, (g + 1) * out // groups)
+            dense[rows, :, g * inner : (g + 1) * inner] = conv.weight[rows].transpose(1, 2)
+        return dense.view(out, -1)
+
+    weight = derived.get("convolution", [conv.weight], build)
+    return Convolution(
+        linear=Linear(weight, conv.bias),
+        width=width,
+        activation=activation(module.conv_act, "conv_act", "deberta-v2"),
+        norm=Norm.of(module.LayerNorm),
+    )
+
+
+def _head(model: Any) -> Head:
+    config = model.config
+    if model.legacy:
+        predictions = model.cls.predictions
+        dense, norm = predictions.transform.dense, predictions.transform.LayerNorm
+        vocabulary, bias = predictions.decoder.weight, predictions.decoder.bias
+    else:
+        predictions = model.lm_predictions.lm_head
+        dense, norm = predictions.dense, predictions.LayerNorm
+        vocabulary, bias = model.deberta.embeddings.word_embeddings.weight, predictions.bias
+        require(
+            vocabulary.shape[1] == config.hidden_size,
+            "deberta-v2",
+            f"the lm_predictions head with embedding_size {vocabulary.shape[1]} != hidden_size {config.hidden_size}",
+        )
+    return Head(
+        dense=Linear.of(dense),
+        activation=activation(config.hidden_act, "hidden_act", "deberta-v2"),
+        norm=Norm.of(norm),
+        vocabulary=vocabulary,
+        bias=bias,
+    )

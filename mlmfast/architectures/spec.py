@@ -1,0 +1,180 @@
+"""What an architecture file hands to the encoder: weights, and what this family does differently.
+
+A spec holds references to the model's own parameters, never copies, so a training step between two scores is seen.
+What has to be computed from parameters (DeBERTa's projected position tables) goes through :class:`Derived`, which
+notices a changed parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weight ``[out, in]`` and bias ``[out]`` of a matrix product."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Linear:
+        return cls(module.weight, module.bias)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weight and bias ``[d]`` of a LayerNorm, and the epsilon added to its variance."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Norm:
+        return cls(module.weight, module.bias, module.eps)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Tables that a row's embedding is summed from, and what follows the sum.
+
+    Attributes:
+        words: ``[V, e]``.
+        norm: LayerNorm of the result.
+        positions: ``[P, e]``, absolute positions; None where the family has none.
+        types: ``[K, e]``, token types; a single text is all type 0.
+        projection: from ``e`` to the hidden size, before the norm; None where they are equal.
+        first_position: position id of a sequence's first token.
+        padding_id: set where position ids count only tokens other than this one (RoBERTa).
+    """
+
+    words: Tensor
+    norm: Norm
+    positions: Tensor | None = None
+    types: Tensor | None = None
+    projection: Linear | None = None
+    first_position: int = 0
+    padding_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution over positions beside a layer (DeBERTa-v2-xlarge): ``norm(layer + activation(conv(input)))``.
+
+    Attributes:
+        linear: weight ``[d, width * d]``: the taps side by side, the leftmost position first.
+        width: number of taps, odd.
+        activation: as in the ``linear`` op.
+        norm: LayerNorm of the sum.
+    """
+
+    linear: Linear
+    width: int
+    activation: str
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One post-norm transformer layer.
+
+    Attributes:
+        query, key, value, output: the attention's products.
+        attention_norm: after attention and its residual.
+        up, down: the feed-forward's products.
+        feed_forward_norm: after the feed-forward and its residual.
+        pos_key: ``[P, H, D]``, projected position keys for content-to-position; None without that term.
+        pos_query: ``[P, H, D]``, projected position queries for position-to-content; None without that term.
+        convolution: beside this layer, or None.
+    """
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    attention_norm: Norm
+    up: Linear
+    down: Linear
+    feed_forward_norm: Norm
+    pos_key: Tensor | None = None
+    pos_query: Tensor | None = None
+    convolution: Convolution | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The prediction head: ``norm(activation(dense(hidden))) @ vocabulary.T + bias``.
+
+    Attributes:
+        dense: from the hidden size to the vocabulary's width.
+        activation: as in the ``linear`` op.
+        norm: LayerNorm after it.
+        vocabulary: ``[V, e]``.
+        bias: ``[V]``.
+    """
+
+    dense: Linear
+    activation: str
+    norm: Norm
+    vocabulary: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything the encoder needs to know of a model.
+
+    Attributes:
+        family: the checkpoint's ``model_type``.
+        embedding, layers, head: the weights.
+        heads: attention heads ``H``.
+        scale: what attention scores are multiplied by.
+        activation: of the feed-forward, as in the ``linear`` op.
+        buckets: int32 ``[2 N + 1]``, the position-table row of each distance from ``-N`` to ``N``; farther ones
+            share the ends. None for plain attention.
+        mask_decoder: ``[P, d]``, absolute positions of the enhanced mask decoder, which replaces the last layer by
+            two passes of it whose queries start at ``position + hidden``; None without one.
+        max_length: longest sequence, special tokens included; None where only memory limits it.
+    """
+
+    family: str
+    embedding: Embedding
+    layers: Sequence[Layer]
+    head: Head
+    heads: int
+    scale: float
+    activation: str
+    buckets: Tensor | None = None
+    mask_decoder: Tensor | None = None
+    max_length: int | None = None
+
+
+class Derived:
+    """Tensors computed from parameters, kept until a parameter changes.
+
+    A change is seen by a parameter's storage and version counter, which optimisers, ``copy_`` and
+    ``load_state_dict`` advance. Writing through ``parameter.data`` hides from the counter; :meth:`clear` helps there.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[Hashable, Tensor]] = {}
+
+    def get(self, name: Hashable, sources: Sequence[Tensor | None], build: Callable[[], Tensor]) -> Tensor:
+        """The tensor kept under ``name``, built anew if any of its ``sources`` is not what it was."""
+        state = tuple(
+            None if s is None else (s.data_ptr(), s.dtype, s.device, 0 if s.is_inference() else s._version)
+            for s in sources
+        )
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != state:
+            with torch.no_grad():
+                kept = self._kept[name] = (state, build())
+        return kept[1]
+
+    def clear(self) -> None:
+        self._kept.clear()

@@ -1,0 +1,134 @@
+"""Which backend serves which op here, and the reason.
+
+An op has one name everywhere: ``mlmfast.ops.<op>`` holds its schema, and a backend that serves it has a module
+``<package>.<op>`` with a function ``<op>`` of the same signature. A backend is chosen by the device of an op's first
+tensor, in the order of :data:`BACKENDS`, unless :func:`forced` names one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from mlmfast.errors import BackendError
+
+OPS = (
+    "masked_embedding",
+    "attention",
+    "disentangled_attention",
+    "add_layer_norm",
+    "linear",
+    "vocab_logprob",
+    "vocab_topk",
+    "vocab_rows",
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A family of implementations.
+
+    Attributes:
+        name: what users call it.
+        package: where its ops live, a module each.
+        devices: device types whose tensors it takes; None for every one.
+    """
+
+    name: str
+    package: str
+    devices: tuple[str, ...] | None
+
+    def refusal(self, op: str, device: str) -> str | None:
+        """Why this backend cannot serve an op on a device; None if it can."""
+        if self.devices is not None and device not in self.devices:
+            return f"{self.name} does not run on {device}"
+        if importlib.util.find_spec(f"{self.package}.{op}") is None:
+            return f"{self.name} has no {op} in this version"
+        return None
+
+
+# Fastest first. The reference takes everything, so that a choice always exists.
+BACKENDS = (
+    Backend("triton", "mlmfast.kernels", ("cuda",)),
+    Backend("reference", "mlmfast.reference", None),
+)
+
+_forced: ContextVar[str | None] = ContextVar("mlmfast_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Service:
+    """One line of the report: who serves an op on a device, and why."""
+
+    op: str
+    backend: str
+    reason: str
+
+
+@lru_cache(maxsize=None)
+def choose(op: str, device: str, name: str | None = None) -> Service:
+    """Picks the backend of an op.
+
+    Args:
+        op: one of :data:`OPS`.
+        device: a device type, ``"cpu"`` or ``"cuda"``.
+        name: a backend that must serve, or None for the first that can.
+
+    Raises:
+        BackendError: the named backend is unknown or cannot serve; the message says why.
+    """
+    if name is not None:
+        backend = _named(name)
+        refusal = backend.refusal(op, device)
+        if refusal:
+            raise BackendError(f"backend {name!r} was asked for, but {refusal}; use backend='auto'")
+        return Service(op, name, "asked for by name")
+    refusals = []
+    for backend in BACKENDS:
+        refusal = backend.refusal(op, device)
+        if refusal is None:
+            return Service(op, backend.name, "; ".join(refusals) or f"first choice on {device}")
+        refusals.append(refusal)
+    raise BackendError(f"no backend serves {op} on {device}: {'; '.join(refusals)}")
+
+
+def report(device: str = "cpu") -> list[Service]:
+    """Who serves each op on a device, one :class:`Service` an op."""
+    return [choose(op, device, _forced.get()) for op in OPS]
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Within the block every op runs on the named backend or raises; None leaves the choice open."""
+    if name is not None:
+        _named(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    """The function that serves ``op`` for a tensor like this one."""
+    return _function(op, choose(op, tensor.device.type, _forced.get()).backend)
+
+
+@lru_cache(maxsize=None)
+def _function(op: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{_named(name).package}.{op}"), op)
+
+
+def _named(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise BackendError(f"backend {name!r} is not known; choose 'auto' or one of {', '.join(b.name for b in BACKENDS)}")

@@ -1,0 +1,198 @@
+"""A name or a folder -> a Hugging Face model, its tokenizer, and nothing unsafe on the way.
+
+Weights come from safetensors, or from ``.bin`` through torch's restricted loader. Remote code never runs. A checkpoint
+whose scores would be noise (no prediction head, NaN weights) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from mlmfast.architectures import family_module
+from mlmfast.errors import CheckpointError, UnsupportedModelError
+
+# As transformers looks for them: single file before shards, safetensors before pickles.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What loading found: the model, its tokenizer, and tensors that transformers leaves behind."""
+
+    model: Any
+    tokenizer: Any
+    extras: dict[str, Tensor]
+
+
+def load_checkpoint(
+    name: str,
+    *,
+    semantics: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    allow_random_head: bool = False,
+    tokenizer: Any = None,
+) -> Checkpoint:
+    """Loads a masked LM by Hub name or from a folder.
+
+    Raises:
+        UnsupportedModelError: the family is not known.
+        CheckpointError: nothing is there, or what is there is unsafe, incomplete or not finite.
+    """
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    with quiet_transformers():
+        config, family = _config(name, options)
+        files = weight_files(name, revision)
+        try:
+            keys = {key for file in files for key in tensor_names(file)}
+            if hasattr(family, "prepare_config"):
+                family.prepare_config(config, keys, semantics)
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                name, config=config, dtype=dtype, output_loading_info=True, weights_only=True, **options
+            )
+            wanted = [key for key in getattr(family, "EXTRAS", ()) if key in keys]
+            extras = {key: tensor.to(device, dtype) for key, tensor in read_tensors(files, wanted).items()}
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{name}: its .bin file holds more than tensors, and torch's restricted loader refuses it; "
+                "ask for safetensors weights, or convert the file where you trust it"
+            ) from error
+        except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{name}: its weights cannot be read: {error}") from error
+        if tokenizer is None:
+            tokenizer = load_tokenizer(name, options)
+    missing = sorted([*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))])
+    if missing and not allow_random_head:
+        raise CheckpointError(
+            f"{name}: {len(missing)} tensors are not in the checkpoint and would be freshly initialised "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), so its scores would be noise; use a "
+            "checkpoint with its masked-LM head, or pass allow_random_head=True if you mean it"
+        )
+    model.eval().to(device)
+    check_finite(name, model)
+    return Checkpoint(model, tokenizer, extras)
+
+
+def _config(name: str, options: dict[str, Any]) -> tuple[Any, ModuleType]:
+    """The config and its family's module; the family is judged before any class of the checkpoint is looked for."""
+    try:
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: no model is there; give 'tiny', a folder with a config.json, or a name on the Hub ({error})"
+        ) from error
+    if not raw:
+        raise CheckpointError(f"{name}: no config.json is there; give 'tiny', a folder with one, or a name on the Hub")
+    model_type = raw.get("model_type")
+    try:
+        family = family_module(model_type, name)
+    except UnsupportedModelError as error:
+        if "auto_map" in raw:
+            raise UnsupportedModelError(f"{error}; it asks for remote code, which mlmfast never runs") from None
+        raise
+    try:
+        return AutoConfig.from_pretrained(name, **options), family
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{name}: its config.json cannot be used: {error}") from error
+
+
+def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
+    """The tokenizer that belongs to a checkpoint."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # tokenizers raise anything from OSError to a bare Exception
+        raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {error}") from error
+
+
+def weight_files(name: str, revision: str | None = None) -> list[Path]:
+    """Local paths of the files that hold the weights, fetched from the Hub where they are not here yet."""
+    for candidate in WEIGHT_FILES:
+        found = _local(name, candidate, revision)
+        if found is None:
+            continue
+        if not candidate.endswith(".index.json"):
+            return [found]
+        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+        paths = [_local(name, shard, revision) for shard in shards]
+        absent = [shard for shard, path in zip(shards, paths) if path is None]
+        if absent:
+            raise CheckpointError(f"{name}: {candidate} names {absent[0]}, which is not there")
+        return [path for path in paths if path is not None]
+    raise CheckpointError(f"{name}: no weights are there; looked for {', '.join(WEIGHT_FILES)}")
+
+
+def _local(name: str, file: str, revision: str | None) -> Path | None:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path)
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a weights file."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as reader:
+            return list(reader.keys())
+    return list(_read_bin(file))
+
+
+def read_tensors(files: list[Path], names: list[str]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint by name."""
+    found: dict[str, Tensor] = {}
+    for file in files if names else []:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as reader:
+                found |= {name: reader.get_tensor(name) for name in names if name in reader.keys()}  # noqa: SIM118
+        else:
+            held = _read_bin(file)
+            found |= {name: held[name] for name in names if name in held}
+    return found
+
+
+def _read_bin(file: Path) -> dict[str, Tensor]:
+    """A ``.bin`` through the restricted loader; mapped, where its format (a zip file since torch 1.6) allows."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuses weights that would make every score NaN."""
+    for key, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(
+                f"{name}: weight {key!r} holds NaN or infinite values, so its scores would be meaningless; "
+                "use an earlier checkpoint or look for the overflow in its training"
+            )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' loading bars and reports off the terminal; what matters is raised instead."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

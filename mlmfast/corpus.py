@@ -1,0 +1,101 @@
+"""Scoring corpora: rows in, records out, a bounded window of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlmfast.errors import TextError
+from mlmfast.model import MaskedLM
+from mlmfast.readers import Row
+from mlmfast.results import Score
+from mlmfast.writers import Record, Sink, Tally
+
+# A window is scored in one call: large enough to fill batches with copies of like length, and bounded in what its
+# plan holds, which grows with the square of a text's length (a copy a token, a row a token and copy).
+WINDOW_ROWS = 1024
+WINDOW_COST = 1 << 22
+
+
+def score_rows(
+    lm: MaskedLM,
+    rows: Iterable[Row],
+    sink: Sink,
+    options: Mapping[str, Any],
+    on_window: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:
+    """Scores rows and writes a record each, in order.
+
+    Args:
+        lm: the model.
+        rows: as :func:`mlmfast.readers.read_rows` yields them; may be longer than memory.
+        sink: where the records go; rows that it keeps from an earlier run are not scored again.
+        options: keyword arguments of :meth:`MaskedLM.score`.
+        on_window: called with the counts so far after every window.
+
+    Returns:
+        The sink's counts.
+
+    Raises:
+        RequestError: the options are wrong. A row that cannot be scored is no error but a record with ``error``.
+    """
+    for window in windows(rows, sink.shard_rows):
+        if not sink.keeps(window):
+            sink.write(window, score_window(lm, window, options))
+        on_window(sink.tally)
+    sink.finish()
+    return sink.tally
+
+
+def windows(rows: Iterable[Row], shard_rows: int | None = None) -> Iterator[list[Row]]:
+    """Cuts rows into windows, by the rows alone, so that a run that continues another cuts them as that one did.
+
+    Args:
+        shard_rows: a window ends at every multiple of this, None for nowhere.
+    """
+    window: list[Row] = []
+    cost = 0
+    for row in rows:
+        window.append(row)
+        cost += (len(row.text or "") // 3 + 2) ** 2
+        at_bound = shard_rows is not None and (row.index + 1) % shard_rows == 0
+        if at_bound or len(window) == WINDOW_ROWS or cost >= WINDOW_COST:
+            yield window
+            window, cost = [], 0
+    if window:
+        yield window
+
+
+def score_window(lm: MaskedLM, window: Sequence[Row], options: Mapping[str, Any]) -> list[Record]:
+    """The records of some rows, scored in one call."""
+    texts = [row.text for row in window if row.error is None and row.text is not None]
+    outcomes = iter(lm.score(texts, on_error="return", progress=False, **options) if texts else [])
+    return [
+        {"text": row.text, "error": row.error} if row.error is not None else record_of(row, next(outcomes))
+        for row in window
+    ]
+
+
+def record_of(row: Row, outcome: Score | TextError) -> Record:
+    """What is written of a row: its score, or ``error`` and why there is none.
+
+    ``logprobs`` are float32 in the fewest digits that read back as the same float32; ``pll`` is their sum in float64.
+    ``perplexity`` is null where it overflows, for JSON has no infinity.
+    """
+    if isinstance(outcome, TextError):
+        return {"text": row.text, "error": f"row {row.index + 1} {outcome.reason}"}
+    if not np.isfinite(outcome.logprobs).all():
+        return {"text": row.text, "error": f"row {row.index + 1} has log-probabilities that are not finite"}
+    record = {
+        "text": row.text,
+        "pll": outcome.total,
+        "tokens": outcome.tokens,
+        "logprobs": [float(str(x)) for x in outcome.logprobs],
+        "perplexity": outcome.perplexity if math.isfinite(outcome.perplexity) else None,
+    }
+    if outcome.ranks is not None:
+        record["ranks"] = [int(rank) for rank in outcome.ranks]
+    return record

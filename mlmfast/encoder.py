@@ -1,0 +1,160 @@
+"""Packed batch -> what the vocabulary ops read at the scored rows: the one forward pass.
+
+Rows are packed from start to end. In the last layer only scored rows ask queries, and only they pass its output
+projection, its feed-forward and the prediction head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mlmfast.architectures.spec import Convolution, Embedding, EncoderSpec, Layer, Linear
+from mlmfast.ops.add_layer_norm import add_layer_norm
+from mlmfast.ops.attention import attention
+from mlmfast.ops.disentangled_attention import disentangled_attention
+from mlmfast.ops.linear import linear
+from mlmfast.ops.masked_embedding import masked_embedding
+from mlmfast.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The rows that a layer computes.
+
+    Attributes:
+        rows: int64 ``[Tq]``, rows of the packed batch; None for all of them.
+        positions: int64 ``[Tq]``, their places in their sequences; None for all rows.
+        cu_seqlens: int32 ``[C + 1]``, their bounds by copy.
+        max_seqlen: most of them in a copy.
+    """
+
+    rows: Tensor | None
+    positions: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def of(self, hidden: Tensor) -> Tensor:
+        """These rows of ``hidden [T, d]``."""
+        return hidden if self.rows is None else hidden[self.rows]
+
+
+def encode(spec: EncoderSpec, batch: PackedBatch, mask_token_id: int) -> Tensor:
+    """Hidden states of the scored rows after the last layer, ``[R, d]``."""
+    every = Queries(None, None, batch.cu_seqlens, batch.max_seqlen)
+    scored = Queries(batch.scored_rows, batch.scored_positions, batch.cu_scored, batch.max_scored)
+    hidden = embed(spec.embedding, batch, mask_token_id)
+    for layer in spec.layers[:-1]:
+        hidden = apply_layer(spec, layer, batch, hidden, every, every.of(hidden))
+    last = spec.layers[-1]
+    if spec.mask_decoder is None:
+        return apply_layer(spec, last, batch, hidden, scored, scored.of(hidden))
+    # Enhanced mask decoder (He et al. 2021, section 3.2): the last layer twice, its keys and values from the layer
+    # before it both times, its queries from absolute positions first. Positions past the table share its last row.
+    places = batch.scored_positions.clamp(max=len(spec.mask_decoder) - 1)
+    queries = scored.of(hidden) + spec.mask_decoder[places]
+    for _ in range(2):
+        queries = apply_layer(spec, last, batch, hidden, scored, queries, convolve=False)
+    return queries
+
+
+def predict(spec: EncoderSpec, hidden: Tensor) -> Tensor:
+    """The head's hidden states ``[R, e]``, ready for a vocabulary op, from the encoder's ``[R, d]``."""
+    head = spec.head
+    transformed = linear(hidden, head.dense.weight, head.dense.bias, head.activation)
+    return add_layer_norm(transformed, None, None, head.norm.weight, head.norm.bias, head.norm.eps)
+
+
+def embed(embedding: Embedding, batch: PackedBatch, mask_token_id: int) -> Tensor:
+    """Normalised embeddings of every packed row, ``[T, d]``."""
+    norm, projection = embedding.norm, embedding.projection
+    inside = projection is None  # a projection stands between the sum and its norm
+    hidden = masked_embedding(
+        batch.token_ids,
+        batch.masked_rows,
+        mask_token_id,
+        embedding.words,
+        None if embedding.positions is None else position_ids(embedding, batch),
+        embedding.positions,
+        None,
+        embedding.types,
+        norm.weight if inside else None,
+        norm.bias if inside else None,
+        norm.eps,
+    )
+    if projection is not None:
+        hidden = linear(hidden, projection.weight, None)
+        hidden = add_layer_norm(hidden, None, projection.bias, norm.weight, norm.bias, norm.eps)
+    return hidden
+
+
+def position_ids(embedding: Embedding, batch: PackedBatch) -> Tensor:
+    """Absolute position of every packed row, int64 ``[T]``."""
+    if embedding.padding_id is None:
+        return row_positions(batch) + embedding.first_position
+    # RoBERTa counts the tokens that are not padding, and gives padding its own id, should a text spell it out.
+    counted = batch.token_ids.ne(embedding.padding_id).index_fill(0, batch.masked_rows, True).long()
+    before = torch.cat([counted.new_zeros(1), counted.cumsum(0)])  # [T + 1]
+    starts = batch.cu_seqlens[:-1].long()
+    within = before[1:] - torch.repeat_interleave(before[starts], batch.cu_seqlens.diff().long())
+    return within * counted + embedding.padding_id
+
+
+def row_positions(batch: PackedBatch) -> Tensor:
+    """Each packed row's place in its copy, int64 ``[T]``."""
+    starts = torch.repeat_interleave(batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long())
+    return torch.arange(batch.tokens, device=starts.device) - starts
+
+
+def apply_layer(
+    spec: EncoderSpec,
+    layer: Layer,
+    batch: PackedBatch,
+    hidden: Tensor,
+    queries: Queries,
+    states: Tensor,
+    convolve: bool = True,
+) -> Tensor:
+    """One layer for some rows: ``states [Tq, d]`` ask the queries, all of ``hidden [T, d]`` gives keys and values."""
+
+    def heads(x: Tensor, product: Linear) -> Tensor:
+        return linear(x, product.weight, product.bias).view(len(x), spec.heads, -1)
+
+    q, k, v = heads(states, layer.query), heads(hidden, layer.key), heads(hidden, layer.value)
+    bounds = (queries.cu_seqlens, batch.cu_seqlens, queries.max_seqlen, batch.max_seqlen, queries.positions, spec.scale)
+    if spec.buckets is None:
+        mixed = attention(q, k, v, *bounds)
+    else:
+        mixed = disentangled_attention(q, k, v, layer.pos_key, layer.pos_query, spec.buckets, *bounds)
+    norm = layer.attention_norm
+    attended = linear(mixed.view(len(states), -1), layer.output.weight)
+    attended = add_layer_norm(attended, states, layer.output.bias, norm.weight, norm.bias, norm.eps)
+    norm = layer.feed_forward_norm
+    wide = linear(attended, layer.up.weight, layer.up.bias, spec.activation)
+    out = add_layer_norm(
+        linear(wide, layer.down.weight), attended, layer.down.bias, norm.weight, norm.bias, norm.eps
+    )
+    if layer.convolution is not None and convolve:
+        out = apply_convolution(layer.convolution, batch, hidden, queries, out)
+    return out
+
+
+def apply_convolution(
+    convolution: Convolution, batch: PackedBatch, hidden: Tensor, queries: Queries, out: Tensor
+) -> Tensor:
+    """``norm(out + activation(conv(hidden)))`` for the query rows; taps past a copy's ends read zeros."""
+    positions = row_positions(batch)
+    lengths = torch.repeat_interleave(batch.cu_seqlens.diff().long(), batch.cu_seqlens.diff().long())
+    rows = torch.arange(batch.tokens, device=hidden.device) if queries.rows is None else queries.rows
+    taps = torch.arange(convolution.width, device=hidden.device) - convolution.width // 2
+    reached = positions[rows][:, None] + taps  # [Tq, width]
+    inside = (reached >= 0) & (reached < lengths[rows][:, None])
+    # One row of zeros past the end stands for everything outside.
+    sources = torch.where(inside, rows[:, None] + taps, batch.tokens)
+    padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
+    product = convolution.linear
+    convolved = linear(padded[sources].view(len(rows), -1), product.weight, product.bias, convolution.activation)
+    norm = convolution.norm
+    return add_layer_norm(convolved, out, None, norm.weight, norm.bias, norm.eps)

@@ -1,0 +1,196 @@
+"""Metric -> mask plan: which positions each copy of a sequence masks, and which it scores.
+
+A *copy* is one masked version of one sequence. Everything here is integers: token ids in, positions out;
+models and packing know the rest. The metrics, by the names the field uses:
+
+========================  ==============================================================================
+``original``              one mask a copy (Salazar et al. 2020, arXiv 1910.14659)
+``within_word_l2r``       the target and the later pieces of its word (Kauf & Ivanova 2023, 2305.10588)
+``window``                the target and the next ``window - 1`` positions (Samuel 2024, 2406.04823)
+``global_l2r``            the target and everything to its right: a left-to-right likelihood
+``unmasked``              one plain pass that masks nothing (ESM's wild-type marginals)
+``strided``               **approximate**: ``stride`` copies a sequence, each masking and scoring every
+                          ``stride``-th scored position
+========================  ==============================================================================
+
+Special tokens are never masked and never scored, wherever a metric reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlmfast.errors import RequestError
+
+METRICS = ("original", "within_word_l2r", "window", "global_l2r", "unmasked", "strided")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequence:
+    """One tokenised text, special tokens included.
+
+    Attributes:
+        token_ids: int64 ``[L]``.
+        special: bool ``[L]``, True at CLS, SEP, PAD, MASK and their like.
+        scored: bool ``[L]``, the positions whose tokens are predicted; never a special one.
+        word_ids: int64 ``[L]``, the same number for all pieces of a word, -1 at special tokens; None where the
+            tokenizer has no notion of words.
+    """
+
+    token_ids: np.ndarray
+    special: np.ndarray
+    scored: np.ndarray
+    word_ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPlan:
+    """All copies of a request.
+
+    Attributes:
+        sequences: token ids of each sequence, int64 ``[L_s]``.
+        mask_token_id: what a masked position reads.
+        copy_sequences: int64 ``[C]``, the sequence that each copy is a version of.
+        mask_offsets: int64 ``[C + 1]``, bounds of each copy's run in ``masked_positions``.
+        masked_positions: int64 ``[M]``, positions masked in each copy, ascending within a copy.
+        score_offsets: int64 ``[S + 1]``, bounds of each sequence's run in the three arrays below.
+        score_copies: int64 ``[N]``, the copy that a token is read from.
+        score_positions: int64 ``[N]``, its position in the sequence.
+        targets: int64 ``[N]``, its token id.
+    """
+
+    sequences: list[np.ndarray]
+    mask_token_id: int
+    copy_sequences: np.ndarray
+    mask_offsets: np.ndarray
+    masked_positions: np.ndarray
+    score_offsets: np.ndarray
+    score_copies: np.ndarray
+    score_positions: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def copies(self) -> int:
+        """Number of copies asked for, identical ones counted as often as they occur."""
+        return len(self.copy_sequences)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of all those copies together."""
+        lengths = np.array([len(sequence) for sequence in self.sequences], np.int64)
+        return int(lengths[self.copy_sequences].sum()) if self.copies else 0
+
+    def __repr__(self) -> str:
+        return (
+            f"MaskPlan(sequences={len(self.sequences)}, copies={self.copies}, tokens={self.tokens}, "
+            f"scored={len(self.targets)})"
+        )
+
+
+def check_metric(metric: str, window: int = 3, stride: int = 8) -> None:
+    """Refuses an unknown metric or an impossible setting of one with a :class:`RequestError`."""
+    if metric not in METRICS:
+        raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
+    if metric == "window" and window < 1:
+        raise RequestError(f"window={window} masks nothing; it counts the scored position too, so 1 is the least")
+    if metric == "strided" and stride < 1:
+        raise RequestError(f"stride={stride} makes no copies; 1 is the least")
+
+
+def masks_of(
+    sequence: TokenSequence, metric: str, *, window: int = 3, stride: int = 8
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The copies of one sequence under a metric.
+
+    Returns:
+        ``masked`` bool ``[c, L]`` (a row a copy), ``copies`` int64 ``[n]`` and ``positions`` int64 ``[n]``:
+        position ``positions[i]`` is scored in copy ``copies[i]``; positions ascend.
+
+    Raises:
+        RequestError: ``within_word_l2r`` on a sequence without word ids.
+    """
+    positions = np.flatnonzero(sequence.scored & ~sequence.special)
+    every = np.arange(len(sequence))
+    targets = positions[:, None]  # [n, 1] against `every` [L]
+    copies = np.arange(len(positions))
+    if metric == "original":
+        masked = every == targets
+    elif metric == "within_word_l2r":
+        if sequence.word_ids is None:
+            raise RequestError(
+                "metric 'within_word_l2r' needs to know which pieces form a word, and this tokenizer does not tell "
+                "(a slow tokenizer); load a fast one or use metric='original'"
+            )
+        same_word = sequence.word_ids == sequence.word_ids[targets]
+        masked = (every == targets) | ((every > targets) & same_word)
+    elif metric == "window":
+        masked = (every >= targets) & (every < targets + window)
+    elif metric == "global_l2r":
+        masked = every >= targets
+    elif metric == "unmasked":
+        masked = np.zeros((min(1, len(positions)), len(sequence)), bool)
+        copies = np.zeros(len(positions), np.int64)
+    elif metric == "strided":
+        copies = np.arange(len(positions)) % stride
+        masked = np.zeros((min(stride, len(positions)), len(sequence)), bool)
+        masked[copies, positions] = True
+    else:
+        raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
+    return masked & ~sequence.special, copies, positions
+
+
+def make_plan(
+    sequences: Sequence[TokenSequence], mask_token_id: int, metric: str = "original", *, window: int = 3, stride: int = 8
+) -> MaskPlan:
+    """Plans every copy of every sequence.
+
+    Args:
+        sequences: what to score; one without a scored position gets no copy.
+        mask_token_id: the mask's id.
+        metric: one of :data:`METRICS`.
+        window: positions masked by ``window``, the target among them.
+        stride: copies a sequence of ``strided``.
+
+    Raises:
+        RequestError: an unknown metric, or one that a sequence cannot serve.
+    """
+    check_metric(metric, window, stride)
+    copy_sequences: list[np.ndarray] = []
+    mask_counts: list[np.ndarray] = []
+    masked_positions: list[np.ndarray] = []
+    score_counts = np.zeros(len(sequences) + 1, np.int64)
+    score_copies: list[np.ndarray] = []
+    score_positions: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    first_copy = 0
+    for index, sequence in enumerate(sequences):
+        masked, copies, positions = masks_of(sequence, metric, window=window, stride=stride)
+        copy_sequences.append(np.full(len(masked), index, np.int64))
+        mask_counts.append(masked.sum(1, dtype=np.int64))
+        masked_positions.append(np.nonzero(masked)[1])
+        score_counts[index + 1] = len(positions)
+        score_copies.append(copies + first_copy)
+        score_positions.append(positions)
+        targets.append(sequence.token_ids[positions])
+        first_copy += len(masked)
+    return MaskPlan(
+        sequences=[sequence.token_ids for sequence in sequences],
+        mask_token_id=mask_token_id,
+        copy_sequences=_joined(copy_sequences),
+        mask_offsets=np.concatenate([[0], np.cumsum(_joined(mask_counts))]),
+        masked_positions=_joined(masked_positions),
+        score_offsets=np.cumsum(score_counts),
+        score_copies=_joined(score_copies),
+        score_positions=_joined(score_positions),
+        targets=_joined(targets),
+    )
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64, copy=False)

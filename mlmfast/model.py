@@ -1,0 +1,579 @@
+"""MaskedLM: the one object that knows texts, plans, batches and the encoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForMaskedLM
+
+from mlmfast import architectures, backends, checkpoint, encoder
+from mlmfast.architectures.spec import Derived, EncoderSpec
+from mlmfast.errors import CheckpointError, MLMFastError, RequestError, TextError
+from mlmfast.masking import MaskPlan, check_metric, make_plan
+from mlmfast.ops.vocab_logprob import vocab_logprob
+from mlmfast.ops.vocab_rows import vocab_rows
+from mlmfast.ops.vocab_topk import vocab_topk
+from mlmfast.packing import PackedBatch, halves, pack
+from mlmfast.results import Distribution, Fill, Ranking, Score
+from mlmfast.tokenization import EncodedText, TextEncoder
+
+SEMANTICS = ("trained", "upstream")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+NORMALIZATIONS = (None, "tokens", "unconditional")
+
+# Rows that a batch may hold unless told otherwise: enough for full speed, little enough for a laptop's memory.
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+# Rows of copies planned at once. Identical copies are found within such a window of texts, and memory stays bounded.
+WINDOW_TOKENS = 1 << 21
+# Rows of whole distributions computed at once.
+ROWS = 64
+
+# hidden states of the scored rows [R, e], batch -> for each target its values, [N, ...]
+Reader = Callable[[EncoderSpec, Tensor, PackedBatch], dict[str, Tensor]]
+
+
+def load(
+    model: str | os.PathLike[str] | Any,
+    tokenizer: Any = None,
+    *,
+    semantics: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    backend: str = "auto",
+    batch_tokens: int | None = None,
+    revision: str | None = None,
+    allow_random_head: bool = False,
+) -> MaskedLM:
+    """Loads a masked language model.
+
+    Args:
+        model: ``"tiny"`` (bundled), a folder, a Hub name, or a live Hugging Face ``...ForMaskedLM``, whose weights are
+            shared, not copied: scoring after a training step uses the new ones.
+        tokenizer: a transformers tokenizer; needed beside a live model, otherwise the checkpoint's own is loaded.
+        semantics: ``"trained"``, the model as it was trained, or ``"upstream"``, exactly what transformers computes
+            (they differ for DeBERTa beyond its trained length or with its enhanced mask decoder). None: trained for
+            names and folders, upstream for live models.
+        dtype: ``"auto"`` (float32; a live model's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``.
+        device: ``"auto"`` (CUDA if there is one; a live model's own) or a torch device.
+        backend: ``"auto"``, or the name of one that must serve every op.
+        batch_tokens: most packed rows computed at once; bounds memory.
+        revision: of a Hub name.
+        allow_random_head: accept a checkpoint that lacks its prediction head. Its scores are noise.
+
+    Raises:
+        UnsupportedModelError: a family, or an option of one, that is not implemented; the known ones are named.
+        CheckpointError: nothing to load, or unsafe, incomplete or NaN weights.
+        RequestError: arguments that do not go together.
+        BackendError: ``backend`` is not known or cannot serve here.
+    """
+    live = not isinstance(model, (str, os.PathLike))
+    if semantics is None:
+        semantics = "upstream" if live else "trained"
+    if semantics not in SEMANTICS:
+        raise RequestError(f"semantics={semantics!r} is not known; choose one of {', '.join(SEMANTICS)}")
+    if live:
+        return _wrap_live(model, tokenizer, semantics, dtype, device, backend, batch_tokens)
+    name = os.path.expanduser(os.fspath(model))
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    source = str(Path(__file__).with_name("tiny")) if name == "tiny" else name
+    loaded = checkpoint.load_checkpoint(
+        source,
+        semantics=semantics,
+        dtype=torch.float32 if dtype == "auto" else _dtype(dtype),
+        device=place,
+        revision=revision,
+        allow_random_head=allow_random_head,
+        tokenizer=tokenizer,
+    )
+    return MaskedLM(
+        loaded.model,
+        loaded.tokenizer,
+        name=name,
+        semantics=semantics,
+        extras=loaded.extras,
+        backend=backend,
+        batch_tokens=batch_tokens,
+    )
+
+
+def _wrap_live(
+    model: Any,
+    tokenizer: Any,
+    semantics: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    backend: str,
+    batch_tokens: int | None,
+) -> MaskedLM:
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise RequestError(f"load() takes a name, a folder or a Hugging Face model, not a {type(model).__name__}")
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    architectures.family_module(model.config.model_type, name)
+    expected = AutoModelForMaskedLM._model_mapping[type(model.config)]
+    if not isinstance(model, expected):
+        raise CheckpointError(f"{name} is a {type(model).__name__}; a {expected.__name__} is needed to predict tokens")
+    if tokenizer is None:
+        raise RequestError("a live model needs its tokenizer: load(model, tokenizer)")
+    own = next(model.parameters())
+    if dtype != "auto" and _dtype(dtype) != own.dtype:
+        raise RequestError(f"a live model keeps its dtype ({own.dtype}); convert it yourself: model.to({dtype})")
+    if device != "auto" and torch.device(device).type != own.device.type:
+        raise RequestError(f"a live model stays on its device ({own.device}); move it yourself: model.to({device!r})")
+    checkpoint.check_finite(name, model)
+    return MaskedLM(
+        model, tokenizer, name=name, semantics=semantics, extras={}, backend=backend, batch_tokens=batch_tokens
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if found not in DTYPES.values():
+        raise RequestError(f"dtype={dtype!r} is not known; choose 'auto' or one of {', '.join(DTYPES)}")
+    return cast(torch.dtype, found)
+
+
+class MaskedLM:
+    """A masked language model that scores, ranks and fills. Made by :func:`load`.
+
+    Attributes:
+        name: as given to :func:`load`.
+        family: the checkpoint's ``model_type``.
+        model: the Hugging Face model whose weights are used.
+        tokenizer: its tokenizer.
+        semantics: ``"trained"`` or ``"upstream"``.
+        batch_tokens: most packed rows computed at once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        semantics: str,
+        extras: dict[str, Tensor],
+        backend: str = "auto",
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.semantics = semantics
+        self.family: str = model.config.model_type
+        self._architecture = architectures.family_module(self.family, name)
+        self._extras = extras
+        self._derived = Derived()
+        self._backend = None if backend == "auto" else backend
+        self.batch_tokens = BATCH_TOKENS.get(self.device.type, 8192) if batch_tokens is None else batch_tokens
+        if self.batch_tokens < 1:
+            raise RequestError(f"batch_tokens={batch_tokens} holds no row; 1 is the least")
+        with backends.forced(self._backend):
+            backends.report(self.device.type)  # a forced backend that cannot serve says so now
+        spec = self.spec()
+        self.max_length: int | None = spec.max_length
+        self.vocab_size: int = len(spec.embedding.words)
+        self._texts = TextEncoder(tokenizer, name, self.max_length, self.vocab_size)
+
+    @property
+    def config(self) -> Any:
+        """The checkpoint's config."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.model.parameters()).dtype
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"MaskedLM({self.name!r}, {self.family}, {size:.1f}M parameters, {kind} on {self.device})"
+
+    def spec(self) -> EncoderSpec:
+        """The model's weights as the encoder reads them, taken from the live modules at every call."""
+        return self._architecture.build(self.model, self._derived, self._extras, self.semantics)
+
+    # ---------------------------------------------------------------------------------------------------- scoring
+
+    def score(
+        self,
+        texts: Sequence[str],
+        *,
+        metric: str = "original",
+        window: int = 3,
+        stride: int = 8,
+        spans: Sequence[tuple[int, int] | None] | None = None,
+        temperature: float = 1.0,
+        ranks: bool = False,
+        entropies: bool = False,
+        truncation: str | None = None,
+        on_error: str = "raise",
+        progress: bool | None = None,
+    ) -> list[Score]:
+        """Pseudo-log-likelihoods, token by token.
+
+        Args:
+            texts: a list of texts; a single one goes in a list of one.
+            metric: what is masked together with the scored token, see :mod:`mlmfast.masking`. All but ``"strided"``
+                are exact.
+            window: positions masked by ``"window"``.
+            stride: copies a text of ``"strided"``.
+            spans: for each text the characters ``(start, end)`` to score, or None for all. A token is scored if it
+                ends beyond ``start`` and begins before ``end``.
+            temperature: divides the logits.
+            ranks: also the rank of each token among the vocabulary.
+            entropies: also the entropy of the distribution at each token.
+            truncation: ``"right"`` or ``"left"`` cuts a text that is too long; None refuses it.
+            on_error: ``"raise"``, or ``"return"`` to have a :class:`TextError` stand in the place of a text that
+                cannot be scored.
+            progress: a bar on stderr; None shows one if it takes more than two seconds.
+
+        Returns:
+            A :class:`Score` a text, in the order given. A text's score does not depend on its company.
+
+        Raises:
+            RequestError: the arguments are wrong.
+            TextError: a text cannot be scored, and ``on_error="raise"``.
+        """
+        _check_temperature(temperature)
+
+        def read(spec: EncoderSpec, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+            logprobs, places, spread = vocab_logprob(
+                hidden,
+                spec.head.vocabulary,
+                spec.head.bias,
+                batch.targets,
+                batch.target_rows,
+                temperature,
+                ranks,
+                entropies,
+            )
+            values = {"logprobs": logprobs}
+            if ranks:
+                values["ranks"] = places
+            if entropies:
+                values["entropies"] = spread[batch.target_rows]
+            return values
+
+        def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> Score:
+            ids = encoded.sequence.token_ids[positions]
+            offsets = encoded.offsets
+            return Score(
+                text=encoded.text,
+                tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
+                token_ids=ids,
+                offsets=None if offsets is None else [(int(a), int(b)) for a, b in offsets[positions]],
+                metric=metric,
+                truncated=encoded.truncated,
+                **values,
+            )
+
+        masking = {"metric": metric, "window": window, "stride": stride}
+        return self._each(texts, spans, truncation, on_error, progress, masking, read, make)
+
+    def score_continuations(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[Score]:
+        """Scores only the continuations, each in the context of its prefix.
+
+        Prefix and continuation are joined as given and tokenised as one text; a token belongs to the continuation if
+        it ends beyond the prefix, so leading white space goes with the continuation.
+
+        Args:
+            pairs: ``(prefix, continuation)``.
+            options: as in :meth:`score`, but ``spans``.
+        """
+        pairs = _listed(pairs, "pairs")
+        for i, pair in enumerate(pairs):
+            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise RequestError(f"pair {i} is not (prefix, continuation), two strings: {pair!r}")
+        spans = [(len(prefix), len(prefix) + len(continuation)) for prefix, continuation in pairs]
+        return self.score([prefix + continuation for prefix, continuation in pairs], spans=spans, **options)
+
+    def rank(
+        self,
+        prompt: str,
+        options: Sequence[str],
+        *,
+        metric: str = "window",
+        normalize: str | None = None,
+        unconditional_prompt: str = "",
+        **scoring: Any,
+    ) -> Ranking:
+        """Ranks continuations of a prompt by their PLL in its context.
+
+        Args:
+            prompt: what every option follows, joined as given: options mostly begin with a space.
+            options: the candidates.
+            metric: as in :meth:`score`; the paper's ``"window"`` does not reward tokens for predicting each other.
+            normalize: None compares totals; ``"tokens"`` divides by an option's number of tokens;
+                ``"unconditional"`` subtracts its PLL after ``unconditional_prompt`` (GPT-3's correction for options
+                that are likely anyway).
+            unconditional_prompt: such as ``"Answer:"``.
+            scoring: further arguments of :meth:`score`.
+
+        Raises:
+            RequestError: no options, or an unknown ``normalize``.
+            TextError: an option cannot be scored; its index is the option's.
+        """
+        options = _listed(options, "options")
+        if not options:
+            raise RequestError("rank() needs at least one option")
+        if normalize not in NORMALIZATIONS:
+            raise RequestError(f"normalize={normalize!r} is not known; choose None, 'tokens' or 'unconditional'")
+        if scoring.get("on_error", "raise") != "raise":
+            raise RequestError("rank() compares all options or none; on_error='return' does not apply")
+        scores = self.score_continuations([(prompt, option) for option in options], metric=metric, **scoring)
+        values = np.array([score.total for score in scores])
+        if normalize == "tokens":
+            values = np.array([score.mean for score in scores])
+        elif normalize == "unconditional":
+            alone = self.score_continuations(
+                [(unconditional_prompt, option) for option in options], metric=metric, **scoring
+            )
+            values = values - np.array([score.total for score in alone])
+        return Ranking(prompt, options, scores, values, normalize)
+
+    def distributions(
+        self,
+        texts: Sequence[str],
+        *,
+        metric: str = "original",
+        window: int = 3,
+        stride: int = 8,
+        spans: Sequence[tuple[int, int] | None] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = 5,
+        truncation: str | None = None,
+        on_error: str = "raise",
+        progress: bool | None = None,
+    ) -> list[Distribution]:
+        """What the model expects at each scored token.
+
+        Args:
+            top_k: candidates a token; None for whole distributions, ``[n, vocabulary]`` float32 a text.
+
+        The other arguments, the order and the errors are those of :meth:`score`.
+        """
+        _check_temperature(temperature)
+        read = self._whole_rows(temperature) if top_k is None else self._best(top_k, temperature)
+
+        def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> Distribution:
+            ids = encoded.sequence.token_ids[positions]
+            best = values.get("ids")
+            return Distribution(
+                text=encoded.text,
+                tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
+                token_ids=ids,
+                candidate_ids=best,
+                candidates=None
+                if best is None
+                else [self.tokenizer.convert_ids_to_tokens(row) for row in best.tolist()],
+                logprobs=values["logprobs"],
+            )
+
+        masking = {"metric": metric, "window": window, "stride": stride}
+        return self._each(texts, spans, truncation, on_error, progress, masking, read, make)
+
+    def fill(self, texts: str | Sequence[str], *, top_k: int = 5, temperature: float = 1.0) -> Any:
+        """Candidates for each mask that stands in a text, all masks of it present at once.
+
+        Args:
+            texts: a text, or a list of them, with the tokenizer's mask token where a word is wanted.
+            top_k: candidates a mask.
+            temperature: divides the logits.
+
+        Returns:
+            For one text a list of :class:`Fill`, a mask each in text order; for a list of texts a list of such lists.
+
+        Raises:
+            TextError: a text has no mask, or cannot be read.
+        """
+        _check_temperature(temperature)
+
+        def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> list[Fill]:
+            return [
+                Fill(
+                    text=encoded.text,
+                    position=int(position),
+                    token_ids=ids,
+                    tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
+                    words=[self.tokenizer.decode([token]).strip() for token in ids.tolist()],
+                    logprobs=logprobs,
+                )
+                for position, ids, logprobs in zip(positions, values["ids"], values["logprobs"])
+            ]
+
+        single = isinstance(texts, str)
+        batch = [texts] if isinstance(texts, str) else _listed(texts, "texts")
+        read = self._best(top_k, temperature)
+        filled = self._each(batch, None, None, "raise", None, {"metric": "unmasked"}, read, make, scores_masks=True)
+        return filled[0] if single else filled
+
+    def plan(
+        self,
+        texts: Sequence[str],
+        *,
+        metric: str = "original",
+        window: int = 3,
+        stride: int = 8,
+        spans: Sequence[tuple[int, int] | None] | None = None,
+        truncation: str | None = None,
+    ) -> MaskPlan:
+        """The copies that scoring these texts would ask for, without computing any; see :func:`mlmfast.packing.pack`.
+
+        Raises:
+            RequestError, TextError: as :meth:`score` does.
+        """
+        encoded = self._texts.encode(_listed(texts, "texts"), spans, truncation)
+        for one in encoded:
+            if isinstance(one, TextError):
+                raise one
+        sequences = [cast(EncodedText, one).sequence for one in encoded]
+        return make_plan(sequences, self._texts.mask_token_id, metric, window=window, stride=stride)
+
+    # --------------------------------------------------------------------------------------------------- one line
+
+    def _each(
+        self,
+        texts: Sequence[str],
+        spans: Sequence[tuple[int, int] | None] | None,
+        truncation: str | None,
+        on_error: str,
+        progress: bool | None,
+        masking: dict[str, Any],
+        read: Reader,
+        make: Callable[[EncodedText, np.ndarray, dict[str, np.ndarray]], Any],
+        scores_masks: bool = False,
+    ) -> list[Any]:
+        """Texts -> plan -> batches -> encoder -> ``read`` -> ``make``, a window of texts at a time."""
+        texts = _listed(texts, "texts")
+        check_metric(**masking)
+        if on_error not in ("raise", "return"):
+            raise RequestError(f"on_error={on_error!r} is not known; choose 'raise' or 'return'")
+        encoded = self._texts.encode(texts, spans, truncation, scores_masks=scores_masks)
+        results: list[Any] = list(encoded)
+        good: list[int] = []
+        for i, one in enumerate(encoded):
+            if not isinstance(one, TextError):
+                good.append(i)
+            elif on_error == "raise":
+                raise one
+        bar = tqdm(
+            total=len(good),
+            desc=f"scoring with {self.name}",
+            unit="text",
+            delay=2 if progress is None else 0,
+            disable=progress is False,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",
+            leave=bool(progress),
+        )
+        with bar, torch.inference_mode(), backends.forced(self._backend):
+            spec = self.spec()
+            for members in _windows(good, encoded):
+                sequences = [cast(EncodedText, encoded[i]).sequence for i in members]
+                plan = make_plan(sequences, self._texts.mask_token_id, **masking)
+                values = self._compute(spec, plan, read, lambda share, n=len(members): bar.update(share * n))
+                for place, i in enumerate(members):
+                    mine = slice(plan.score_offsets[place], plan.score_offsets[place + 1])
+                    own = {name: array[mine] for name, array in values.items()}
+                    results[i] = make(cast(EncodedText, encoded[i]), plan.score_positions[mine], own)
+        return results
+
+    def _compute(
+        self, spec: EncoderSpec, plan: MaskPlan, read: Reader, advance: Callable[[float], Any]
+    ) -> dict[str, np.ndarray]:
+        """Runs a plan; each named array has a row a target, in the plan's order."""
+        waiting = pack(plan, self.batch_tokens)[::-1]
+        rows = sum(batch.tokens for batch in waiting)
+        values: dict[str, np.ndarray] = {}
+        while waiting:
+            batch = waiting.pop()
+            try:
+                found = self._forward(spec, batch, read)
+            except RuntimeError as error:
+                if batch.copies == 1 or not _out_of_memory(error):
+                    raise
+                found = {}
+            if not found:  # out of memory: outside the except clause, so that the failed pass is freed first
+                waiting.extend(halves(batch)[::-1])
+                continue
+            for name, tensor in found.items():
+                array = tensor.cpu().numpy()
+                whole = values.setdefault(name, np.empty((len(plan.targets), *array.shape[1:]), array.dtype))
+                whole[batch.order.numpy()] = array
+            advance(batch.tokens / rows)
+        if not np.isfinite(values["logprobs"]).all():
+            raise MLMFastError(
+                f"{self.name} gave NaN or infinite log-probabilities in {self.dtype}; its weights have changed to NaN, "
+                'or they overflow there: try dtype="float32"'
+            )
+        return values
+
+    def _forward(self, spec: EncoderSpec, batch: PackedBatch, read: Reader) -> dict[str, Tensor]:
+        batch = batch.to(self.device)
+        hidden = encoder.encode(spec, batch, self._texts.mask_token_id)
+        return read(spec, encoder.predict(spec, hidden), batch)
+
+    def _best(self, top_k: int, temperature: float) -> Reader:
+        if not 1 <= top_k <= self.vocab_size:
+            raise RequestError(f"top_k={top_k} is not between 1 and the vocabulary's {self.vocab_size}")
+
+        def read(spec: EncoderSpec, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+            logprobs, ids = vocab_topk(hidden, spec.head.vocabulary, spec.head.bias, top_k, temperature)
+            return {"logprobs": logprobs[batch.target_rows], "ids": ids[batch.target_rows]}
+
+        return read
+
+    def _whole_rows(self, temperature: float) -> Reader:
+        def read(spec: EncoderSpec, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+            # Whole rows are the result here, so they are held once, in the result; logits a chunk at a time.
+            whole = torch.empty(len(hidden), len(spec.head.vocabulary))
+            for start in range(0, len(hidden), ROWS):
+                rows = slice(start, start + ROWS)
+                whole[rows] = vocab_rows(hidden[rows], spec.head.vocabulary, spec.head.bias, temperature)
+            return {"logprobs": whole[batch.target_rows.cpu()]}
+
+        return read
+
+
+def _windows(good: list[int], encoded: Sequence[EncodedText | TextError]) -> Iterator[list[int]]:
+    """Texts in groups whose copies together stay within :data:`WINDOW_TOKENS` rows, or single ones beyond it."""
+    window: list[int] = []
+    rows = 0
+    for i in good:
+        sequence = cast(EncodedText, encoded[i]).sequence
+        own = len(sequence) * int(sequence.scored.sum())
+        if window and rows + own > WINDOW_TOKENS:
+            yield window
+            window, rows = [], 0
+        window.append(i)
+        rows += own
+    if window:
+        yield window
+
+
+def _listed(items: Any, what: str) -> list[Any]:
+    if isinstance(items, str):
+        raise RequestError(f"{what} is one string; put it in a list")
+    return list(items)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise RequestError(f"temperature={temperature} must be above 0")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch raises its own class on an accelerator and a plain RuntimeError from the CPU's allocator.
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -1,0 +1,48 @@
+"""Bidirectional attention over packed sequences."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from mlmfast import backends
+
+
+@torch.library.custom_op("mlmfast::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    q_positions: Optional[Tensor],
+    scale: float,
+    local_window: int = -1,
+) -> Tensor:
+    """``softmax(q @ k.T * scale) @ v`` within each sequence and head.
+
+    Args:
+        q: ``[Tq, H, D]``.
+        k, v: ``[Tk, H, D]``.
+        cu_seqlens_q: int32 ``[C + 1]``, bounds of each sequence's queries; a sequence may have none.
+        cu_seqlens_k: int32 ``[C + 1]``, bounds of its keys.
+        max_seqlen_q, max_seqlen_k: most queries and keys of a sequence, so that nobody asks the device.
+        q_positions: int64 ``[Tq]``, each query's place among its sequence's keys; None where queries and keys are the
+            same rows.
+        scale: factor on the products.
+        local_window: greatest distance from query to key that is attended; -1 for every one.
+
+    Returns:
+        ``[Tq, H, D]`` in the dtype of ``q``.
+    """
+    serve = backends.implementation("attention", q)
+    return serve(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q_positions, scale, local_window)
+
+
+@attention.register_fake
+def _(q, k, v, *rest, **options):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape)
