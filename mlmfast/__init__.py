@@ -16,7 +16,8 @@ from mlmfast.masking import METRICS
 from mlmfast.results import Distribution, Fill, Ranking, Score
 
 if TYPE_CHECKING:
-    from mlmfast.model import MaskedLM, load
+    from mlmfast.checkpoint import load
+    from mlmfast.model import MaskedLM
 
 __version__ = "0.1.0"
 
@@ -39,8 +40,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `mlmfast --help` should not.
-    if name in ("MaskedLM", "load"):
-        from mlmfast import model
+    if name == "load":
+        from mlmfast.checkpoint import load
 
-        return getattr(model, name)
+        return load
+    if name == "MaskedLM":
+        from mlmfast.model import MaskedLM
+
+        return MaskedLM
     raise AttributeError(f"module 'mlmfast' has no attribute {name!r}")

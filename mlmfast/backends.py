@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class Service:
     reason: str
 
 
-@lru_cache(maxsize=None)
+@cache
 def choose(op: str, device: str, name: str | None = None) -> Service:
     """Picks the backend of an op.
 
@@ -91,7 +91,7 @@ def choose(op: str, device: str, name: str | None = None) -> Service:
         if refusal:
             raise BackendError(f"backend {name!r} was asked for, but {refusal}; use backend='auto'")
         return Service(op, name, "asked for by name")
-    refusals = []
+    refusals: list[str] = []
     for backend in BACKENDS:
         refusal = backend.refusal(op, device)
         if refusal is None:
@@ -122,7 +122,7 @@ def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
     return _function(op, choose(op, tensor.device.type, _forced.get()).backend)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(op: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"{_named(name).package}.{op}"), op)
 

@@ -1,4 +1,4 @@
-"""A name or a folder -> a Hugging Face model, its tokenizer, and nothing unsafe on the way.
+"""A name, a folder or a live model -> :class:`~mlmfast.model.MaskedLM`, and nothing unsafe on the way.
 
 Weights come from safetensors, or from ``.bin`` through torch's restricted loader. Remote code never runs. A checkpoint
 whose scores would be noise (no prediction head, NaN weights) is refused.
@@ -7,6 +7,7 @@ whose scores would be noise (no prediction head, NaN weights) is refused.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -24,10 +25,93 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from mlmfast.architectures import family_module
-from mlmfast.errors import CheckpointError, UnsupportedModelError
+from mlmfast.errors import CheckpointError, RequestError, UnsupportedModelError
+from mlmfast.model import MaskedLM
+
+SEMANTICS = ("trained", "upstream")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 # As transformers looks for them: single file before shards, safetensors before pickles.
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def load(
+    model: str | os.PathLike[str] | Any,
+    tokenizer: Any = None,
+    *,
+    semantics: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    backend: str = "auto",
+    batch_tokens: int | None = None,
+    revision: str | None = None,
+    allow_random_head: bool = False,
+) -> MaskedLM:
+    """Loads a masked language model.
+
+    Args:
+        model: ``"tiny"`` (bundled), a folder, a Hub name, or a live Hugging Face ``...ForMaskedLM``, whose weights are
+            shared, not copied: scoring after a training step uses the new ones.
+        tokenizer: a transformers tokenizer; needed beside a live model, otherwise the checkpoint's own is loaded.
+        semantics: ``"trained"``, the model as it was trained, or ``"upstream"``, exactly what transformers computes
+            (they differ for DeBERTa beyond its trained length or with its enhanced mask decoder). None: trained for
+            names and folders, upstream for live models.
+        dtype: ``"auto"`` (float32; a live model's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``.
+        device: ``"auto"`` (CUDA if there is one; a live model's own) or a torch device.
+        backend: ``"auto"``, or the name of one that must serve every op.
+        batch_tokens: most packed rows computed at once; bounds memory.
+        revision: of a Hub name.
+        allow_random_head: accept a checkpoint that lacks its prediction head. Its scores are noise.
+
+    Raises:
+        UnsupportedModelError: a family, or an option of one, that is not implemented; the known ones are named.
+        CheckpointError: nothing to load, or unsafe, incomplete or NaN weights.
+        RequestError: arguments that do not go together.
+        BackendError: ``backend`` is not known or cannot serve here.
+    """
+    live = not isinstance(model, (str, os.PathLike))
+    if semantics is None:
+        semantics = "upstream" if live else "trained"
+    if semantics not in SEMANTICS:
+        raise RequestError(f"semantics={semantics!r} is not known; choose one of {', '.join(SEMANTICS)}")
+    if live:
+        name = check_live(model, tokenizer, None if dtype == "auto" else _dtype(dtype), device)
+        return MaskedLM(
+            model, tokenizer, name=name, semantics=semantics, extras={}, backend=backend, batch_tokens=batch_tokens
+        )
+    name = os.path.expanduser(os.fspath(model))  # noqa: PTH111 (a Path would make "./tiny" the bundled "tiny")
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    source = str(Path(__file__).with_name("tiny")) if name == "tiny" else name
+    loaded = load_checkpoint(
+        source,
+        semantics=semantics,
+        dtype=torch.float32 if dtype == "auto" else _dtype(dtype),
+        device=place,
+        revision=revision,
+        allow_random_head=allow_random_head,
+        tokenizer=tokenizer,
+    )
+    return MaskedLM(
+        loaded.model,
+        loaded.tokenizer,
+        name=name,
+        semantics=semantics,
+        extras=loaded.extras,
+        backend=backend,
+        batch_tokens=batch_tokens,
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if found not in DTYPES.values():
+        raise RequestError(f"dtype={dtype!r} is not known; choose 'auto' or one of {', '.join(DTYPES)}")
+    return cast(torch.dtype, found)
 
 
 @dataclass(frozen=True)
@@ -89,6 +173,33 @@ def load_checkpoint(
     model.eval().to(device)
     check_finite(name, model)
     return Checkpoint(model, tokenizer, extras)
+
+
+def check_live(model: Any, tokenizer: Any, dtype: torch.dtype | None, device: str | torch.device) -> str:
+    """Judges a live model as :func:`load_checkpoint` judges a stored one, and returns its name.
+
+    Raises:
+        RequestError: not a Hugging Face model, no tokenizer, or a dtype or device that is not the model's own.
+        UnsupportedModelError: the family is not known.
+        CheckpointError: no masked-LM head, or weights that are not finite.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise RequestError(f"load() takes a name, a folder or a Hugging Face model, not a {type(model).__name__}")
+    config: Any = model.config
+    name = getattr(config, "name_or_path", "") or type(model).__name__
+    family_module(config.model_type, name)
+    expected: Any = AutoModelForMaskedLM._model_mapping[type(config)]
+    if not isinstance(model, expected):
+        raise CheckpointError(f"{name} is a {type(model).__name__}; a {expected.__name__} is needed to predict tokens")
+    if tokenizer is None:
+        raise RequestError("a live model needs its tokenizer: load(model, tokenizer)")
+    own = next(model.parameters())
+    if dtype is not None and dtype != own.dtype:
+        raise RequestError(f"a live model keeps its dtype ({own.dtype}); convert it yourself: model.to({dtype})")
+    if device != "auto" and torch.device(device).type != own.device.type:
+        raise RequestError(f"a live model stays on its device ({own.device}); move it yourself: model.to({device!r})")
+    check_finite(name, model)
+    return name
 
 
 def _config(name: str, options: dict[str, Any]) -> tuple[Any, ModuleType]:

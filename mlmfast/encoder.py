@@ -133,9 +133,7 @@ def apply_layer(
     attended = add_layer_norm(attended, states, layer.output.bias, norm.weight, norm.bias, norm.eps)
     norm = layer.feed_forward_norm
     wide = linear(attended, layer.up.weight, layer.up.bias, spec.activation)
-    out = add_layer_norm(
-        linear(wide, layer.down.weight), attended, layer.down.bias, norm.weight, norm.bias, norm.eps
-    )
+    out = add_layer_norm(linear(wide, layer.down.weight), attended, layer.down.bias, norm.weight, norm.bias, norm.eps)
     if layer.convolution is not None and convolve:
         out = apply_convolution(layer.convolution, batch, hidden, queries, out)
     return out

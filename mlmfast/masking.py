@@ -146,7 +146,12 @@ def masks_of(
 
 
 def make_plan(
-    sequences: Sequence[TokenSequence], mask_token_id: int, metric: str = "original", *, window: int = 3, stride: int = 8
+    sequences: Sequence[TokenSequence],
+    mask_token_id: int,
+    metric: str = "original",
+    *,
+    window: int = 3,
+    stride: int = 8,
 ) -> MaskPlan:
     """Plans every copy of every sequence.
 

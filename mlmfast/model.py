@@ -2,148 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM
 
-from mlmfast import architectures, backends, checkpoint, encoder
+from mlmfast import architectures, backends
 from mlmfast.architectures.spec import Derived, EncoderSpec
-from mlmfast.errors import CheckpointError, MLMFastError, RequestError, TextError
+from mlmfast.errors import MLMFastError, RequestError, TextError
+from mlmfast.execution import Reader, read_best, read_logprobs, read_rows, run
 from mlmfast.masking import MaskPlan, check_metric, make_plan
-from mlmfast.ops.vocab_logprob import vocab_logprob
-from mlmfast.ops.vocab_rows import vocab_rows
-from mlmfast.ops.vocab_topk import vocab_topk
-from mlmfast.packing import PackedBatch, halves, pack
 from mlmfast.results import Distribution, Fill, Ranking, Score
 from mlmfast.tokenization import EncodedText, TextEncoder
 
-SEMANTICS = ("trained", "upstream")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 NORMALIZATIONS = (None, "tokens", "unconditional")
 
 # Rows that a batch may hold unless told otherwise: enough for full speed, little enough for a laptop's memory.
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 # Rows of copies planned at once. Identical copies are found within such a window of texts, and memory stays bounded.
 WINDOW_TOKENS = 1 << 21
-# Rows of whole distributions computed at once.
-ROWS = 64
-
-# hidden states of the scored rows [R, e], batch -> for each target its values, [N, ...]
-Reader = Callable[[EncoderSpec, Tensor, PackedBatch], dict[str, Tensor]]
-
-
-def load(
-    model: str | os.PathLike[str] | Any,
-    tokenizer: Any = None,
-    *,
-    semantics: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "auto",
-    backend: str = "auto",
-    batch_tokens: int | None = None,
-    revision: str | None = None,
-    allow_random_head: bool = False,
-) -> MaskedLM:
-    """Loads a masked language model.
-
-    Args:
-        model: ``"tiny"`` (bundled), a folder, a Hub name, or a live Hugging Face ``...ForMaskedLM``, whose weights are
-            shared, not copied: scoring after a training step uses the new ones.
-        tokenizer: a transformers tokenizer; needed beside a live model, otherwise the checkpoint's own is loaded.
-        semantics: ``"trained"``, the model as it was trained, or ``"upstream"``, exactly what transformers computes
-            (they differ for DeBERTa beyond its trained length or with its enhanced mask decoder). None: trained for
-            names and folders, upstream for live models.
-        dtype: ``"auto"`` (float32; a live model's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``.
-        device: ``"auto"`` (CUDA if there is one; a live model's own) or a torch device.
-        backend: ``"auto"``, or the name of one that must serve every op.
-        batch_tokens: most packed rows computed at once; bounds memory.
-        revision: of a Hub name.
-        allow_random_head: accept a checkpoint that lacks its prediction head. Its scores are noise.
-
-    Raises:
-        UnsupportedModelError: a family, or an option of one, that is not implemented; the known ones are named.
-        CheckpointError: nothing to load, or unsafe, incomplete or NaN weights.
-        RequestError: arguments that do not go together.
-        BackendError: ``backend`` is not known or cannot serve here.
-    """
-    live = not isinstance(model, (str, os.PathLike))
-    if semantics is None:
-        semantics = "upstream" if live else "trained"
-    if semantics not in SEMANTICS:
-        raise RequestError(f"semantics={semantics!r} is not known; choose one of {', '.join(SEMANTICS)}")
-    if live:
-        return _wrap_live(model, tokenizer, semantics, dtype, device, backend, batch_tokens)
-    name = os.path.expanduser(os.fspath(model))
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    source = str(Path(__file__).with_name("tiny")) if name == "tiny" else name
-    loaded = checkpoint.load_checkpoint(
-        source,
-        semantics=semantics,
-        dtype=torch.float32 if dtype == "auto" else _dtype(dtype),
-        device=place,
-        revision=revision,
-        allow_random_head=allow_random_head,
-        tokenizer=tokenizer,
-    )
-    return MaskedLM(
-        loaded.model,
-        loaded.tokenizer,
-        name=name,
-        semantics=semantics,
-        extras=loaded.extras,
-        backend=backend,
-        batch_tokens=batch_tokens,
-    )
-
-
-def _wrap_live(
-    model: Any,
-    tokenizer: Any,
-    semantics: str,
-    dtype: str | torch.dtype,
-    device: str | torch.device,
-    backend: str,
-    batch_tokens: int | None,
-) -> MaskedLM:
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        raise RequestError(f"load() takes a name, a folder or a Hugging Face model, not a {type(model).__name__}")
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    architectures.family_module(model.config.model_type, name)
-    expected = AutoModelForMaskedLM._model_mapping[type(model.config)]
-    if not isinstance(model, expected):
-        raise CheckpointError(f"{name} is a {type(model).__name__}; a {expected.__name__} is needed to predict tokens")
-    if tokenizer is None:
-        raise RequestError("a live model needs its tokenizer: load(model, tokenizer)")
-    own = next(model.parameters())
-    if dtype != "auto" and _dtype(dtype) != own.dtype:
-        raise RequestError(f"a live model keeps its dtype ({own.dtype}); convert it yourself: model.to({dtype})")
-    if device != "auto" and torch.device(device).type != own.device.type:
-        raise RequestError(f"a live model stays on its device ({own.device}); move it yourself: model.to({device!r})")
-    checkpoint.check_finite(name, model)
-    return MaskedLM(
-        model, tokenizer, name=name, semantics=semantics, extras={}, backend=backend, batch_tokens=batch_tokens
-    )
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
-    if found not in DTYPES.values():
-        raise RequestError(f"dtype={dtype!r} is not known; choose 'auto' or one of {', '.join(DTYPES)}")
-    return cast(torch.dtype, found)
 
 
 class MaskedLM:
-    """A masked language model that scores, ranks and fills. Made by :func:`load`.
+    """A masked language model that scores, ranks and fills. Made by :func:`mlmfast.load`.
 
     Attributes:
-        name: as given to :func:`load`.
+        name: as given to :func:`mlmfast.load`.
         family: the checkpoint's ``model_type``.
         model: the Hugging Face model whose weights are used.
         tokenizer: its tokenizer.
@@ -205,8 +93,6 @@ class MaskedLM:
         """The model's weights as the encoder reads them, taken from the live modules at every call."""
         return self._architecture.build(self.model, self._derived, self._extras, self.semantics)
 
-    # ---------------------------------------------------------------------------------------------------- scoring
-
     def score(
         self,
         texts: Sequence[str],
@@ -249,24 +135,6 @@ class MaskedLM:
         """
         _check_temperature(temperature)
 
-        def read(spec: EncoderSpec, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-            logprobs, places, spread = vocab_logprob(
-                hidden,
-                spec.head.vocabulary,
-                spec.head.bias,
-                batch.targets,
-                batch.target_rows,
-                temperature,
-                ranks,
-                entropies,
-            )
-            values = {"logprobs": logprobs}
-            if ranks:
-                values["ranks"] = places
-            if entropies:
-                values["entropies"] = spread[batch.target_rows]
-            return values
-
         def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> Score:
             ids = encoded.sequence.token_ids[positions]
             offsets = encoded.offsets
@@ -281,6 +149,7 @@ class MaskedLM:
             )
 
         masking = {"metric": metric, "window": window, "stride": stride}
+        read = read_logprobs(temperature, ranks, entropies)
         return self._each(texts, spans, truncation, on_error, progress, masking, read, make)
 
     def score_continuations(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[Score]:
@@ -366,7 +235,8 @@ class MaskedLM:
         The other arguments, the order and the errors are those of :meth:`score`.
         """
         _check_temperature(temperature)
-        read = self._whole_rows(temperature) if top_k is None else self._best(top_k, temperature)
+        self._check_top_k(top_k)
+        read = read_rows(temperature) if top_k is None else read_best(top_k, temperature)
 
         def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> Distribution:
             ids = encoded.sequence.token_ids[positions]
@@ -416,7 +286,8 @@ class MaskedLM:
 
         single = isinstance(texts, str)
         batch = [texts] if isinstance(texts, str) else _listed(texts, "texts")
-        read = self._best(top_k, temperature)
+        self._check_top_k(top_k)
+        read = read_best(top_k, temperature)
         filled = self._each(batch, None, None, "raise", None, {"metric": "unmasked"}, read, make, scores_masks=True)
         return filled[0] if single else filled
 
@@ -442,7 +313,19 @@ class MaskedLM:
         sequences = [cast(EncodedText, one).sequence for one in encoded]
         return make_plan(sequences, self._texts.mask_token_id, metric, window=window, stride=stride)
 
-    # --------------------------------------------------------------------------------------------------- one line
+    def logprobs(self, plan: MaskPlan, *, temperature: float = 1.0) -> np.ndarray:
+        """Log-probabilities of a plan's targets, for callers who make their own plans.
+
+        Args:
+            plan: from :meth:`plan` or :func:`mlmfast.masking.make_plan`, with this tokenizer's mask token.
+            temperature: divides the logits.
+
+        Returns:
+            float32 ``[N]`` in nats, in the plan's order.
+        """
+        _check_temperature(temperature)
+        with torch.inference_mode(), backends.forced(self._backend):
+            return self._run(self.spec(), plan, read_logprobs(temperature), None)["logprobs"]
 
     def _each(
         self,
@@ -483,68 +366,31 @@ class MaskedLM:
             for members in _windows(good, encoded):
                 sequences = [cast(EncodedText, encoded[i]).sequence for i in members]
                 plan = make_plan(sequences, self._texts.mask_token_id, **masking)
-                values = self._compute(spec, plan, read, lambda share, n=len(members): bar.update(share * n))
+                values = self._run(spec, plan, read, partial(_advance, bar, len(members)))
                 for place, i in enumerate(members):
                     mine = slice(plan.score_offsets[place], plan.score_offsets[place + 1])
                     own = {name: array[mine] for name, array in values.items()}
                     results[i] = make(cast(EncodedText, encoded[i]), plan.score_positions[mine], own)
         return results
 
-    def _compute(
-        self, spec: EncoderSpec, plan: MaskPlan, read: Reader, advance: Callable[[float], Any]
+    def _run(
+        self, spec: EncoderSpec, plan: MaskPlan, read: Reader, advance: Callable[[float], Any] | None
     ) -> dict[str, np.ndarray]:
-        """Runs a plan; each named array has a row a target, in the plan's order."""
-        waiting = pack(plan, self.batch_tokens)[::-1]
-        rows = sum(batch.tokens for batch in waiting)
-        values: dict[str, np.ndarray] = {}
-        while waiting:
-            batch = waiting.pop()
-            try:
-                found = self._forward(spec, batch, read)
-            except RuntimeError as error:
-                if batch.copies == 1 or not _out_of_memory(error):
-                    raise
-                found = {}
-            if not found:  # out of memory: outside the except clause, so that the failed pass is freed first
-                waiting.extend(halves(batch)[::-1])
-                continue
-            for name, tensor in found.items():
-                array = tensor.cpu().numpy()
-                whole = values.setdefault(name, np.empty((len(plan.targets), *array.shape[1:]), array.dtype))
-                whole[batch.order.numpy()] = array
-            advance(batch.tokens / rows)
-        if not np.isfinite(values["logprobs"]).all():
+        values = run(spec, plan, read, device=self.device, batch_tokens=self.batch_tokens, advance=advance)
+        if values and not np.isfinite(values["logprobs"]).all():
             raise MLMFastError(
                 f"{self.name} gave NaN or infinite log-probabilities in {self.dtype}; its weights have changed to NaN, "
                 'or they overflow there: try dtype="float32"'
             )
         return values
 
-    def _forward(self, spec: EncoderSpec, batch: PackedBatch, read: Reader) -> dict[str, Tensor]:
-        batch = batch.to(self.device)
-        hidden = encoder.encode(spec, batch, self._texts.mask_token_id)
-        return read(spec, encoder.predict(spec, hidden), batch)
-
-    def _best(self, top_k: int, temperature: float) -> Reader:
-        if not 1 <= top_k <= self.vocab_size:
+    def _check_top_k(self, top_k: int | None) -> None:
+        if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise RequestError(f"top_k={top_k} is not between 1 and the vocabulary's {self.vocab_size}")
 
-        def read(spec: EncoderSpec, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-            logprobs, ids = vocab_topk(hidden, spec.head.vocabulary, spec.head.bias, top_k, temperature)
-            return {"logprobs": logprobs[batch.target_rows], "ids": ids[batch.target_rows]}
 
-        return read
-
-    def _whole_rows(self, temperature: float) -> Reader:
-        def read(spec: EncoderSpec, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-            # Whole rows are the result here, so they are held once, in the result; logits a chunk at a time.
-            whole = torch.empty(len(hidden), len(spec.head.vocabulary))
-            for start in range(0, len(hidden), ROWS):
-                rows = slice(start, start + ROWS)
-                whole[rows] = vocab_rows(hidden[rows], spec.head.vocabulary, spec.head.bias, temperature)
-            return {"logprobs": whole[batch.target_rows.cpu()]}
-
-        return read
+def _advance(bar: Any, texts: int, share: float) -> None:
+    bar.update(share * texts)
 
 
 def _windows(good: list[int], encoded: Sequence[EncodedText | TextError]) -> Iterator[list[int]]:
@@ -572,8 +418,3 @@ def _listed(items: Any, what: str) -> list[Any]:
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise RequestError(f"temperature={temperature} must be above 0")
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # torch raises its own class on an accelerator and a plain RuntimeError from the CPU's allocator.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -6,7 +6,8 @@ batch holds runs of equal lengths (which a backend can treat as one block), and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +57,10 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return PackedBatch(**moved)
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
     def __repr__(self) -> str:
         return f"PackedBatch(copies={self.copies}, tokens={self.tokens}, scored={len(self.scored_rows)})"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlmfast.architectures import activation, require
 from mlmfast.architectures.spec import Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm
 
 
-def build(model: nn.Module, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
+def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
     """The spec of a ``BertForMaskedLM``; both semantics are the same."""
-    config: Any = model.config
+    config = model.config
     predictions = model.cls.predictions
     return EncoderSpec(
         family=config.model_type,

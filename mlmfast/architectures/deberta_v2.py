@@ -12,11 +12,12 @@ key. Two semantics:
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from mlmfast.architectures import activation, require
@@ -25,6 +26,8 @@ from mlmfast.architectures.spec import Convolution, Derived, Embedding, EncoderS
 # Absolute positions that only the enhanced mask decoder reads; transformers drops them when it loads.
 MASK_DECODER = "deberta.embeddings.position_embeddings.weight"
 EXTRAS = (MASK_DECODER,)
+# config.legacy -> where the prediction head is stored
+HEADS = {True: "cls.predictions.", False: "lm_predictions."}
 
 
 def prepare_config(config: Any, keys: set[str], semantics: str) -> None:
@@ -33,13 +36,18 @@ def prepare_config(config: Any, keys: set[str], semantics: str) -> None:
     Microsoft's checkpoints store ``lm_predictions`` under a config that says ``legacy``, for which transformers builds
     a fresh ``cls.predictions``. Upstream semantics keep that, and loading then refuses the untrained head.
     """
-    held = {legacy for legacy, prefix in ((False, "lm_predictions."), (True, "cls.predictions."))
-            if any(key.startswith(prefix) for key in keys)}
-    if semantics == "trained" and len(held) == 1:
-        config.legacy = held.pop()
+    stores = {legacy: any(key.startswith(prefix) for key in keys) for legacy, prefix in HEADS.items()}
+    if semantics == "trained" and sum(stores.values()) == 1:
+        config.legacy = stores[True]
+    if any(key.startswith("mask_predictions.") for key in keys):
+        warnings.warn(
+            "the checkpoint holds a replaced-token-detection head (mask_predictions), as DeBERTa-v3's do: if it was "
+            "trained to detect tokens rather than to predict them, its pseudo-log-likelihoods are noise",
+            stacklevel=2,
+        )
 
 
-def build(model: nn.Module, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
+def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
     """The spec of a ``DebertaV2ForMaskedLM``.
 
     Args:
@@ -48,7 +56,7 @@ def build(model: nn.Module, derived: Derived, extras: dict[str, Tensor], semanti
         extras: tensors of :data:`EXTRAS` found in the checkpoint.
         semantics: ``"trained"`` or ``"upstream"``.
     """
-    config: Any = model.config
+    config = model.config
     encoder = model.deberta.encoder
     heads = config.num_attention_heads
     terms = config.pos_att_type or []
@@ -99,13 +107,11 @@ def _layer(model: Any, index: int, derived: Derived, terms: list[str]) -> Layer:
     if encoder.relative_attention:
         shared = attention.share_att_key
         if "c2p" in terms:
-            pos_key = _position_table(
-                encoder, attention, attention.key_proj if shared else attention.pos_key_proj, ("c2p", index), derived
-            )
+            projection = attention.key_proj if shared else attention.pos_key_proj
+            pos_key = _position_table(encoder, attention, projection, ("c2p", index), derived)
         if "p2c" in terms:
-            pos_query = _position_table(
-                encoder, attention, attention.query_proj if shared else attention.pos_query_proj, ("p2c", index), derived
-            )
+            projection = attention.query_proj if shared else attention.pos_query_proj
+            pos_query = _position_table(encoder, attention, projection, ("p2c", index), derived)
     return Layer(
         query=Linear.of(attention.query_proj),
         key=Linear.of(attention.key_proj),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlmfast.architectures import activation
 from mlmfast.architectures.bert import embedding, encoder_layers
 from mlmfast.architectures.spec import Derived, EncoderSpec, Head, Linear, Norm
 
 
-def build(model: nn.Module, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
+def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
     """The spec of a ``RobertaForMaskedLM`` or ``XLMRobertaForMaskedLM``; both semantics are the same."""
-    config: Any = model.config
+    config = model.config
     padding = model.roberta.embeddings.padding_idx
     return EncoderSpec(
         family=config.model_type,

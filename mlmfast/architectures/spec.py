@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Linear:
     bias: Tensor | None = None
 
     @classmethod
-    def of(cls, module: nn.Module) -> Linear:
+    def of(cls, module: Any) -> Linear:
         return cls(module.weight, module.bias)
 
 
@@ -35,7 +36,7 @@ class Norm:
     eps: float
 
     @classmethod
-    def of(cls, module: nn.Module) -> Norm:
+    def of(cls, module: Any) -> Norm:
         return cls(module.weight, module.bias, module.eps)
 
 

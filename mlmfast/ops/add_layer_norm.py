@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -13,10 +11,10 @@ from mlmfast import backends
 @torch.library.custom_op("mlmfast::add_layer_norm", mutates_args=())
 def add_layer_norm(
     x: Tensor,
-    residual: Optional[Tensor],
-    bias: Optional[Tensor],
+    residual: Tensor | None,
+    bias: Tensor | None,
     norm_weight: Tensor,
-    norm_bias: Optional[Tensor],
+    norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
     """``LayerNorm(x + bias + residual)``, row by row.

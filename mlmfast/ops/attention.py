@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ def attention(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    q_positions: Optional[Tensor],
+    q_positions: Tensor | None,
     scale: float,
     local_window: int = -1,
 ) -> Tensor:

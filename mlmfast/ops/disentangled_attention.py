@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -15,14 +13,14 @@ def disentangled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pos_key: Optional[Tensor],
-    pos_query: Optional[Tensor],
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
     buckets: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    q_positions: Optional[Tensor],
+    q_positions: Tensor | None,
     scale: float,
 ) -> Tensor:
     """``softmax((q.k + q.pos_key[row] + k.pos_query[row]) * scale) @ v`` within each sequence and head.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -16,15 +14,15 @@ def masked_embedding(
     masked_rows: Tensor,
     mask_token_id: int,
     words: Tensor,
-    position_ids: Optional[Tensor] = None,
-    positions: Optional[Tensor] = None,
-    token_types: Optional[Tensor] = None,
-    types: Optional[Tensor] = None,
-    norm_weight: Optional[Tensor] = None,
-    norm_bias: Optional[Tensor] = None,
+    position_ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    token_types: Tensor | None = None,
+    types: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     eps: float = 1e-12,
-    copy_scale: Optional[Tensor] = None,
-    cu_seqlens: Optional[Tensor] = None,
+    copy_scale: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """``norm(scale * words[token] + positions[position] + types[type])`` for every packed row.
 

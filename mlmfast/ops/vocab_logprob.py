@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from mlmfast import backends
 def vocab_logprob(
     hidden: Tensor,
     vocabulary: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     targets: Tensor,
     target_rows: Tensor,
     temperature: float = 1.0,

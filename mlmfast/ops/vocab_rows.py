@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from mlmfast import backends
 
 
 @torch.library.custom_op("mlmfast::vocab_rows", mutates_args=())
-def vocab_rows(hidden: Tensor, vocabulary: Tensor, bias: Optional[Tensor], temperature: float = 1.0) -> Tensor:
+def vocab_rows(hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
     """Log-softmax of ``(hidden @ vocabulary.T + bias) / temperature``.
 
     This one does hold ``[r, V]``: callers hand it a chunk of rows at a time.

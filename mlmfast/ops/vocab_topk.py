@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from mlmfast import backends
 
 @torch.library.custom_op("mlmfast::vocab_topk", mutates_args=())
 def vocab_topk(
-    hidden: Tensor, vocabulary: Tensor, bias: Optional[Tensor], k: int, temperature: float = 1.0
+    hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, k: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best of log-softmax of ``(hidden @ vocabulary.T + bias) / temperature`` in each row.
 

@@ -30,7 +30,7 @@ def disentangled_attention(
         occurring = torch.arange(nearest, farthest + 1, device=q.device)
         rows = buckets[occurring.clamp(-longest, longest) + longest].long()  # [W]
         columns = (distances - nearest)[:, None].expand(len(q), q.shape[1], -1, -1)  # [n, H, Lq, Lk]
-        total: Tensor | float = 0.0
+        total = torch.zeros((), dtype=q.dtype, device=q.device)
         if pos_key is not None:
             table = pos_key[rows].to(q.dtype).permute(1, 2, 0)  # [H, D, W]
             total = total + (q @ table).gather(3, columns)
