@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
-from mlmfast.errors import TextError
-from mlmfast.model import MaskedLM
+from mlmfast.errors import RequestError, TextError
 from mlmfast.readers import Row
 from mlmfast.results import Score
-from mlmfast.writers import Record, Sink, Tally
+from mlmfast.shards import FolderSink
+from mlmfast.writers import FileSink, Record, Sink, StreamSink, Tally
+
+if TYPE_CHECKING:
+    from mlmfast.model import MaskedLM
 
 # A window is scored in one call: large enough to fill batches with copies of like length, and bounded in what its
 # plan holds, which grows with the square of a text's length (a copy a token, a row a token and copy).
@@ -48,6 +51,28 @@ def score_rows(
         on_window(sink.tally)
     sink.finish()
     return sink.tally
+
+
+def open_sink(output: str, request: dict[str, Any], shard_rows: int, stdout: BinaryIO) -> Sink:
+    """Where an ``--output`` goes: ``-``, a file, or a folder (an existing one, or a name that ends in ``/``).
+
+    Args:
+        request: all that decides what the records are; only a run of an equal request is continued.
+        stdout: where ``-`` goes.
+
+    Raises:
+        RequestError: it cannot be written there. Nothing has been created then.
+    """
+    if output == "-":
+        return StreamSink(stdout)
+    path = Path(output)
+    if output.endswith(("/", os.sep)) or path.is_dir():
+        return FolderSink(path, request, shard_rows)
+    if not path.resolve().parent.is_dir():
+        raise RequestError(f"cannot write {output}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():  # a device or a named pipe: nothing to rename onto
+        return StreamSink(path.open("wb"))
+    return FileSink(path.resolve(), request)
 
 
 def windows(rows: Iterable[Row], shard_rows: int | None = None) -> Iterator[list[Row]]:
@@ -87,9 +112,7 @@ def record_of(row: Row, outcome: Score | TextError) -> Record:
     """
     if isinstance(outcome, TextError):
         return {"text": row.text, "error": f"row {row.index + 1} {outcome.reason}"}
-    if not np.isfinite(outcome.logprobs).all():
-        return {"text": row.text, "error": f"row {row.index + 1} has log-probabilities that are not finite"}
-    record = {
+    record: Record = {
         "text": row.text,
         "pll": outcome.total,
         "tokens": outcome.tokens,

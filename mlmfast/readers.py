@@ -1,7 +1,7 @@
 """A file or a stream -> its rows: one :class:`Row` a text, readable or not, in order, a few at a time.
 
-A row that cannot be read becomes a row with a reason, and the rows around it are read all the same. Text is kept exactly:
-only the line end is taken off, and a byte order mark at the start of the input.
+A row that cannot be read becomes a row with a reason, and the rows around it are read all the same. Text is kept
+exactly: only the line end is taken off, and a byte order mark at the start of the input.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Malformed:
-    """What stands in the place of a text that could not be read; ``text`` where it is known all the same."""
+class Malformed:
+    """What stands in the place of a row that could not be read; ``text`` where it is known all the same."""
 
     reason: str
     text: str | None = None
@@ -133,13 +133,13 @@ def _rows(source: str, format: str, field: str) -> Iterator[Row]:
             if index == 0:
                 raise RequestError(f"cannot read {source}: {error}") from error
             # The file cannot be read past here; what came before it is scored, and this row says what is missing.
-            value = _Malformed(f"and all after it cannot be read, {source} is damaged: {error}")
+            value = Malformed(f"and all after it cannot be read, {source} is damaged: {error}")
             values = iter(())
         if value is None:
             return
         if isinstance(value, str):
             value = _checked(value)
-        if isinstance(value, _Malformed):
+        if isinstance(value, Malformed):
             yield Row(index, value.text, f"row {index + 1} {value.reason}")
         else:
             yield Row(index, value)
@@ -150,19 +150,19 @@ def _is_damage(error: Exception) -> bool:
     return isinstance(error, DAMAGE) or (isinstance(error, OSError) and error.errno is None)
 
 
-def _checked(text: str) -> str | _Malformed:
+def _checked(text: str) -> str | Malformed:
     """The text, or why it is none: UTF-8 and so every tokenizer has no place for half a surrogate pair."""
     found = SURROGATE.search(text)
     if found is None:
         return text
-    return _Malformed(f"holds U+{ord(found[0]):04X}, half of a surrogate pair, which is no character", text)
+    return Malformed(f"holds U+{ord(found[0]):04X}, half of a surrogate pair, which is no character", text)
 
 
-def _not_utf8(line: str) -> _Malformed | None:
+def _not_utf8(line: str) -> Malformed | None:
     found = NOT_UTF8.search(line)
     if found is None:
         return None
-    return _Malformed(f"is not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start() + 1}")
+    return Malformed(f"is not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start() + 1}")
 
 
 # ---- text, JSON Lines, CSV
@@ -184,18 +184,18 @@ def _opened(source: str, newline: str | None) -> Iterator[TextIO]:
         yield stream
 
 
-def _text_values(source: str, kind: str, field: str) -> Iterator[str | _Malformed]:
+def _text_values(source: str, kind: str, field: str) -> Iterator[str | Malformed]:
     # csv wants the line ends inside quotes as they are.
     with _opened(source, "" if kind in ("csv", "tsv") else None) as stream:
         if kind == "text":
             yield from _line_values(stream)
         elif kind == "jsonl":
-            yield from _json_values(stream, field)
+            yield from (_json_value(record, field) for record in _json_objects(stream))
         else:
             yield from _csv_values(stream, source, field, "\t" if kind == "tsv" else ",")
 
 
-def _line_values(stream: TextIO) -> Iterator[str | _Malformed]:
+def _line_values(stream: TextIO) -> Iterator[str | Malformed]:
     while line := stream.readline(MAX_ROW_CHARACTERS):
         if line.endswith("\n"):
             yield _not_utf8(line) or line[:-1]
@@ -203,7 +203,7 @@ def _line_values(stream: TextIO) -> Iterator[str | _Malformed]:
             yield _not_utf8(line) or line
         else:
             _skip_line(stream)
-            yield _Malformed(f"is longer than {MAX_ROW_CHARACTERS} characters")
+            yield Malformed(f"is longer than {MAX_ROW_CHARACTERS} characters")
 
 
 def _skip_line(stream: TextIO) -> None:
@@ -211,28 +211,45 @@ def _skip_line(stream: TextIO) -> None:
         pass
 
 
-def _json_values(stream: TextIO, field: str) -> Iterator[str | _Malformed]:
+def read_objects(source: str) -> Iterator[dict[str, Any] | Malformed]:
+    """The objects of a JSON Lines file or, for ``"-"``, of standard input; blank lines are none.
+
+    Raises:
+        RequestError: the source cannot be read.
+    """
+    try:
+        with _opened(source, None) as stream:
+            yield from _json_objects(stream)
+    except (OSError, *DAMAGE) as error:
+        raise RequestError(f"cannot read {source}: {error}") from error
+
+
+def _json_objects(stream: TextIO) -> Iterator[dict[str, Any] | Malformed]:
     for line in _line_values(stream):
-        if isinstance(line, _Malformed):
+        if isinstance(line, Malformed):
             yield line
         elif line.strip():
-            yield _json_value(line, field)
+            yield _json_object(line)
 
 
-def _json_value(line: str, field: str) -> str | _Malformed:
+def _json_object(line: str) -> dict[str, Any] | Malformed:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        return _Malformed(f"is not JSON: {error.msg} at character {error.pos + 1}")
+        return Malformed(f"is not JSON: {error.msg} at character {error.pos + 1}")
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
-        return _Malformed(f"is not JSON that can be read: {error}")
-    if not isinstance(record, dict):
-        return _Malformed(f"is a JSON {_json_type(record)}, not an object")
+        return Malformed(f"is not JSON that can be read: {error}")
+    return record if isinstance(record, dict) else Malformed(f"is a JSON {_json_type(record)}, not an object")
+
+
+def _json_value(record: dict[str, Any] | Malformed, field: str) -> str | Malformed:
+    if isinstance(record, Malformed):
+        return record
     if field not in record:
-        return _Malformed(f"has no field {field!r}; {_fields(list(record))}")
+        return Malformed(f"has no field {field!r}; {_fields(list(record))}")
     value = record[field]
     if not isinstance(value, str):
-        return _Malformed(f"has a {_json_type(value)} in field {field!r}, not a string")
+        return Malformed(f"has a {_json_type(value)} in field {field!r}, not a string")
     return value
 
 
@@ -284,29 +301,29 @@ class _CsvLines:
         self._ahead.extendleft(reversed(self._taken[1:]))
 
 
-def _csv_values(stream: TextIO, source: str, field: str, delimiter: str) -> Iterator[str | _Malformed]:
+def _csv_values(stream: TextIO, source: str, field: str, delimiter: str) -> Iterator[str | Malformed]:
     # The limit is the module's, not a reader's: raised here, never lowered for someone else in this process.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARACTERS))
     records = _csv_records(stream, delimiter)
     header = next(records, None)
     if header is None:
         raise RequestError(f"{source} is empty: a CSV file begins with a row of column names")
-    if isinstance(header, _Malformed):
+    if isinstance(header, Malformed):
         raise RequestError(f"{source}: the row of column names {header.reason}")
     if header.count(field) != 1:
         problem = f"{header.count(field)} columns named" if field in header else "no column"
         raise RequestError(f"{source} has {problem} {field!r}; {_fields(header)}: choose one with --field")
     column = header.index(field)
     for record in records:
-        if isinstance(record, _Malformed):
+        if isinstance(record, Malformed):
             yield record
         elif len(record) != len(header):
-            yield _Malformed(f"has {len(record)} columns where the first row names {len(header)}")
+            yield Malformed(f"has {len(record)} columns where the first row names {len(header)}")
         else:
             yield _not_utf8(record[column]) or record[column]
 
 
-def _csv_records(stream: TextIO, delimiter: str) -> Iterator[list[str] | _Malformed]:
+def _csv_records(stream: TextIO, delimiter: str) -> Iterator[list[str] | Malformed]:
     lines = _CsvLines(stream)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
@@ -315,10 +332,10 @@ def _csv_records(stream: TextIO, delimiter: str) -> Iterator[list[str] | _Malfor
             record = next(reader, None)
         except csv.Error as error:
             lines.give_back()
-            yield _Malformed(f"is malformed CSV: {error}")
+            yield Malformed(f"is malformed CSV: {error}")
         except _RowTooLong:
             lines.give_back()
-            yield _Malformed(f"is longer than {MAX_ROW_CHARACTERS} characters, or a quote in it is never closed")
+            yield Malformed(f"is longer than {MAX_ROW_CHARACTERS} characters, or a quote in it is never closed")
         else:
             if record is None:
                 return
@@ -329,7 +346,7 @@ def _csv_records(stream: TextIO, delimiter: str) -> Iterator[list[str] | _Malfor
 # ---- Parquet
 
 
-def _parquet_values(source: str, field: str) -> Iterator[str | _Malformed]:
+def _parquet_values(source: str, field: str) -> Iterator[str | Malformed]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -337,7 +354,7 @@ def _parquet_values(source: str, field: str) -> Iterator[str | _Malformed]:
         raise RequestError('reading Parquet needs pyarrow: pip install "mlmfast[parquet]"') from error
     if source == "-":
         raise RequestError("Parquet cannot be read from standard input, its index stands at the end: give a file")
-    with open(source, "rb") as stream:
+    with Path(source).open("rb") as stream:
         try:
             file = pq.ParquetFile(stream)
             schema = file.schema_arrow
@@ -363,8 +380,8 @@ def _parquet_values(source: str, field: str) -> Iterator[str | _Malformed]:
                 yield _decoded(value, field)
 
 
-def _decoded(value: bytes | None, field: str) -> str | _Malformed:
+def _decoded(value: bytes | None, field: str) -> str | Malformed:
     if value is None:
-        return _Malformed(f"has a null in field {field!r}, not a string")
+        return Malformed(f"has a null in field {field!r}, not a string")
     text = value.decode("utf-8", "surrogateescape")
     return _not_utf8(text) or text

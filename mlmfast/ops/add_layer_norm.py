@@ -1,7 +1,5 @@
 """Residual, bias and LayerNorm in one pass."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Bidirectional attention over packed sequences."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Attention over packed sequences with DeBERTa's position terms."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A matrix product with its epilogue."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

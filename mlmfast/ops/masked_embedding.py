@@ -1,7 +1,5 @@
 """Token ids of packed copies, masks put in -> embeddings."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

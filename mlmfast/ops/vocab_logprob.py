@@ -1,7 +1,5 @@
 """Hidden states -> log-probabilities of given tokens; logits are never stored."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

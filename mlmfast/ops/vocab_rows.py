@@ -1,7 +1,5 @@
 """Hidden states -> whole distributions, for those who need every token's log-probability."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

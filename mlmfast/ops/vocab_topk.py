@@ -1,7 +1,5 @@
 """Hidden states -> the most probable tokens; logits are never stored."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
