@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class MaskedLM:
             truncation: ``"right"`` or ``"left"`` cuts a text that is too long; None refuses it.
             on_error: ``"raise"``, or ``"return"`` to have a :class:`TextError` stand in the place of a text that
                 cannot be scored.
-            progress: a bar on stderr; None shows one if it takes more than two seconds.
+            progress: a bar on stderr; None shows one on a terminal if it takes more than two seconds.
 
         Returns:
             A :class:`Score` a text, in the order given. A text's score does not depend on its company.
@@ -255,7 +255,17 @@ class MaskedLM:
         masking = {"metric": metric, "window": window, "stride": stride}
         return self._each(texts, spans, truncation, on_error, progress, masking, read, make)
 
-    def fill(self, texts: str | Sequence[str], *, top_k: int = 5, temperature: float = 1.0) -> Any:
+    @overload
+    def fill(self, texts: str, *, top_k: int = 5, temperature: float = 1.0) -> list[Fill]: ...
+
+    @overload
+    def fill(
+        self, texts: list[str] | tuple[str, ...], *, top_k: int = 5, temperature: float = 1.0
+    ) -> list[list[Fill]]: ...
+
+    def fill(
+        self, texts: str | list[str] | tuple[str, ...], *, top_k: int = 5, temperature: float = 1.0
+    ) -> list[Fill] | list[list[Fill]]:
         """Candidates for each mask that stands in a text, all masks of it present at once.
 
         Args:
@@ -357,7 +367,7 @@ class MaskedLM:
             desc=f"scoring with {self.name}",
             unit="text",
             delay=2 if progress is None else 0,
-            disable=progress is False,
+            disable=None if progress is None else not progress,  # None: off where stderr is not a terminal
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",
             leave=bool(progress),
         )

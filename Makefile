@@ -1,0 +1,78 @@
+# make demo and make test need nothing but Python 3.10 or newer; both work inside $(VENV), made on first use.
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# Any pip flags for torch. For the CPU build on Linux, much smaller than the CUDA build that PyPI serves:
+#   make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_FLAGS ?=
+CORPUS ?=
+WORDNET ?= /usr/share/wordnet
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+LINTED := mlmfast kernels benchmarks examples tests training setup.py
+
+# The first of these that runs, is recent enough and can make virtual environments. PYTHON=... overrides.
+CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(USABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: demo test test-all lint format bench tiny clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	@$(PY) examples/demo.py
+
+test: $(VENV)/.installed-test
+	@$(PY) -m pytest -q
+
+test-all: $(VENV)/.installed-test
+	@$(PY) -m pytest -q --slow
+
+lint: $(VENV)/.installed-lint
+	$(PY) -m ruff check $(LINTED)
+	$(PY) -m ruff format --check $(LINTED)
+	$(PY) -m mypy
+
+format: $(VENV)/.installed-lint
+	$(PY) -m ruff check --fix $(LINTED)
+	$(PY) -m ruff format $(LINTED)
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/mlmfast bench pll
+
+tiny: $(VENV)/.installed
+	@test -n "$(CORPUS)" || { echo 'make tiny CORPUS="folder/*.txt.gz" [WORDNET=folder]: texts to train on'; exit 2; }
+	$(PY) training/train_tiny.py --corpus $(CORPUS) --wordnet $(WORDNET) --out mlmfast/tiny
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an empty file each, newer than what it was made from, so that a second run starts at once.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "No usable Python: mlmfast needs 3.10 to 3.14 with the modules venv and ensurepip."; \
+	  echo "Debian and Ubuntu: apt install python3-venv. Or name one: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	@echo "Installing $(TORCH) (200 MB to some GB: once, a few minutes)"
+	@$(PIP) $(TORCH_FLAGS) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+	@echo "Installing mlmfast and what it needs"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing what the tests need"
+	@$(PIP) --editable ".[test]"
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	@echo "Installing the linters"
+	@$(PIP) --editable ".[lint]"
+	@touch $@
