@@ -84,8 +84,8 @@ def load(
         return MaskedLM(
             model, tokenizer, name=name, semantics=semantics, extras={}, backend=backend, batch_tokens=batch_tokens
         )
-    name = os.path.expanduser(os.fspath(model))  # noqa: PTH111 (a Path would make "./tiny" the bundled "tiny")
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    name = os.path.expanduser(os.fspath(model))  # a Path would make "./tiny" the bundled "tiny"
+    place = _device(device)
     source = str(Path(__file__).with_name("tiny")) if name == "tiny" else name
     loaded = load_checkpoint(
         source,
@@ -112,6 +112,16 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if found not in DTYPES.values():
         raise RequestError(f"dtype={dtype!r} is not known; choose 'auto' or one of {', '.join(DTYPES)}")
     return cast(torch.dtype, found)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise RequestError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
 
 
 @dataclass(frozen=True)

@@ -335,7 +335,13 @@ class MaskedLM:
         """
         _check_temperature(temperature)
         with torch.inference_mode(), backends.forced(self._backend):
-            return self._run(self.spec(), plan, read_logprobs(temperature), None)["logprobs"]
+            values = run(
+                self.spec(), plan, read_logprobs(temperature), device=self.device, batch_tokens=self.batch_tokens
+            )
+        logprobs = values.get("logprobs", np.zeros(0, np.float32))
+        if not np.isfinite(logprobs).all():
+            raise MLMFastError(f"the plan {self._not_finite()}")
+        return logprobs
 
     def _each(
         self,
@@ -376,23 +382,24 @@ class MaskedLM:
             for members in _windows(good, encoded):
                 sequences = [cast(EncodedText, encoded[i]).sequence for i in members]
                 plan = make_plan(sequences, self._texts.mask_token_id, **masking)
-                values = self._run(spec, plan, read, partial(_advance, bar, len(members)))
+                advance = partial(_advance, bar, len(members))
+                values = run(spec, plan, read, device=self.device, batch_tokens=self.batch_tokens, advance=advance)
                 for place, i in enumerate(members):
                     mine = slice(plan.score_offsets[place], plan.score_offsets[place + 1])
                     own = {name: array[mine] for name, array in values.items()}
-                    results[i] = make(cast(EncodedText, encoded[i]), plan.score_positions[mine], own)
+                    if np.isfinite(own["logprobs"]).all():
+                        results[i] = make(cast(EncodedText, encoded[i]), plan.score_positions[mine], own)
+                    else:
+                        results[i] = TextError(i, self._not_finite())
+                        if on_error == "raise":
+                            raise results[i]
         return results
 
-    def _run(
-        self, spec: EncoderSpec, plan: MaskPlan, read: Reader, advance: Callable[[float], Any] | None
-    ) -> dict[str, np.ndarray]:
-        values = run(spec, plan, read, device=self.device, batch_tokens=self.batch_tokens, advance=advance)
-        if values and not np.isfinite(values["logprobs"]).all():
-            raise MLMFastError(
-                f"{self.name} gave NaN or infinite log-probabilities in {self.dtype}; its weights have changed to NaN, "
-                'or they overflow there: try dtype="float32"'
-            )
-        return values
+    def _not_finite(self) -> str:
+        return (
+            f"gets NaN or infinite log-probabilities from {self.name} in {self.dtype}: either its weights have become "
+            'NaN, or they overflow in this dtype (try dtype="float32")'
+        )
 
     def _check_top_k(self, top_k: int | None) -> None:
         if top_k is not None and not 1 <= top_k <= self.vocab_size:

@@ -1,0 +1,157 @@
+"""What is measured: published models' shapes with random weights, and texts of random tokens.
+
+Speed depends on shapes, not on what a model has learnt, so nothing is downloaded. Weights are drawn wider than at the
+start of training, and biases away from 0: near-uniform predictions would hide an error from the check of agreement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from mlmfast.errors import RequestError
+from mlmfast.masking import TokenSequence
+
+DEBERTA: dict[str, Any] = {
+    "relative_attention": True,
+    "max_relative_positions": -1,  # max_position_embeddings
+    "pos_att_type": ["p2c", "c2p"],
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "layer_norm_eps": 1e-7,
+    "pad_token_id": 0,
+}
+ROBERTA: dict[str, Any] = {
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+# Standard deviation of a product's output for inputs of unit variance, and of the biases.
+GAIN = 1.1
+BIAS = 0.05
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape.
+
+    Attributes:
+        model_class, config_class: of transformers.
+        settings: arguments of the config.
+        special: special tokens by role, ids counted from 0 in this order.
+        max_length: longest text, special tokens included.
+    """
+
+    model_class: Any
+    config_class: Any
+    settings: dict[str, Any]
+    special: dict[str, str]
+    max_length: int
+
+    def model(self, seed: int = 0) -> Any:
+        """A Hugging Face model with random weights, float32, in evaluation mode, with its eager attention."""
+        torch.manual_seed(seed)
+        spread = GAIN / math.sqrt(self.settings["hidden_size"])
+        config = self.config_class(**self.settings, initializer_range=spread, attn_implementation="eager")
+        model = self.model_class(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=BIAS)
+        return model.eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """A tokenizer that knows the special tokens and no words: texts are drawn as token ids."""
+        vocabulary = {token: i for i, token in enumerate(self.special.values())}
+        words = Tokenizer(models.WordLevel(vocabulary, unk_token=self.special["unk_token"]))
+        return PreTrainedTokenizerFast(tokenizer_object=words, **self.special)
+
+    def texts(self, length: int, copies: int, seed: int = 0) -> list[TokenSequence]:
+        """Texts of ``length`` random tokens, the two special ones included, that ask for ``copies`` copies together.
+
+        A text gives a copy for each of its ``length - 2`` words; there are as many texts as that takes, and of the
+        last one only the first words are scored.
+
+        Raises:
+            RequestError: a length that the model does not hold or that has nothing to score, or no copies.
+        """
+        if not 3 <= length <= self.max_length:
+            raise RequestError(f"length {length} is not between 3 and the {self.max_length} that this shape holds")
+        if copies < 1:
+            raise RequestError(f"copies={copies} leaves nothing to measure; 1 is the least")
+        roles = list(self.special)
+        first, last = roles.index("cls_token"), roles.index("sep_token")
+        draw = np.random.default_rng(seed)
+        special = np.zeros(length, bool)
+        special[[0, -1]] = True
+        texts = []
+        for start in range(0, copies, length - 2):
+            words = draw.integers(len(roles), self.settings["vocab_size"], length - 2)
+            scored = ~special & (np.arange(length) <= copies - start)
+            texts.append(TokenSequence(np.concatenate([[first], words, [last]]), special, scored))
+        return texts
+
+
+DEBERTA_TOKENS = {
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+ROBERTA_TOKENS = {
+    "cls_token": "<s>",
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+
+
+def _deberta(**settings: Any) -> Shape:
+    longest = settings["max_position_embeddings"]
+    return Shape(DebertaV2ForMaskedLM, DebertaV2Config, DEBERTA | settings, DEBERTA_TOKENS, longest)
+
+
+def _roberta(**settings: Any) -> Shape:
+    longest = settings["max_position_embeddings"] - 2  # positions are counted from pad_token_id + 1
+    return Shape(RobertaForMaskedLM, RobertaConfig, ROBERTA | settings, ROBERTA_TOKENS, longest)
+
+
+SHAPES = {
+    "deberta-v3-base": _deberta(**BASE, vocab_size=128100, max_position_embeddings=512, position_buckets=256),
+    "roberta-base": _roberta(**BASE, vocab_size=50265, max_position_embeddings=514),
+    # To try the machinery in a second; nobody's model.
+    "toy-deberta": _deberta(**TOY, vocab_size=300, max_position_embeddings=64, position_buckets=16),
+    "toy-roberta": _roberta(**TOY, vocab_size=300, max_position_embeddings=66),
+}
+
+
+def named(name: str) -> Shape:
+    """A shape of :data:`SHAPES`.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    if name not in SHAPES:
+        raise RequestError(f"shape {name!r} is not known; choose from {', '.join(SHAPES)}")
+    return SHAPES[name]

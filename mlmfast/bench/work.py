@@ -1,0 +1,135 @@
+"""Floating-point operations that an exact PLL needs, and the rate at which this machine multiplies matrices.
+
+Their quotient with the time spent is the share of the peak: how much faster the same result could come, were
+everything but its products free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mlmfast.architectures.spec import EncoderSpec, Linear
+from mlmfast.packing import PackedBatch
+
+# Square products and the shapes of base models' linears: [rows, in, out].
+PRODUCTS = ((2048, 2048, 2048), (4096, 4096, 4096), (4096, 768, 3072), (4096, 3072, 768))
+
+
+def useful_flops(spec: EncoderSpec, batches: Sequence[PackedBatch]) -> int:
+    """Operations of the matrix products that cannot be left out, 2 a multiply-add.
+
+    Counted: every row of every distinct copy through all layers but the last; of the last, keys and values of every
+    row, and all else of scored rows only; the head of scored rows only. Attention has a dot product a (query, key)
+    pair and as much for mixing. DeBERTa's content-to-position term has a dot product for each *distinct* table row
+    that a query meets, and position-to-content for each that a key meets: far distances share rows.
+
+    Not counted: padding, position tables (projected once at load), norms, softmax, activations, look-ups. Counted
+    although a cleverer program could share it between copies: the first layer's products of rows not masked.
+    """
+    total = 0
+    for batch in batches:
+        rows, scored = batch.tokens, len(batch.scored_rows)
+        projection = spec.embedding.projection
+        total += 0 if projection is None else _product(rows, projection)
+        for i, layer in enumerate(spec.layers):
+            last = i == len(spec.layers) - 1
+            # The enhanced mask decoder goes through the last layer twice, with the same keys and values.
+            asking = (scored * (2 if spec.mask_decoder is not None else 1)) if last else rows
+            total += _product(rows, layer.key) + _product(rows, layer.value)
+            total += sum(_product(asking, product) for product in (layer.query, layer.output, layer.up, layer.down))
+            if layer.convolution is not None:
+                total += _product(asking, layer.convolution.linear)
+        total += _attention_flops(spec, batch)
+        total += _product(scored, spec.head.dense) + 2 * scored * spec.head.vocabulary.numel()
+    return total
+
+
+def _product(rows: int, linear: Linear) -> int:
+    return 2 * rows * linear.weight.numel()
+
+
+def _attention_flops(spec: EncoderSpec, batch: PackedBatch) -> int:
+    """Scores, position terms and mixing, over all layers and copies of a batch."""
+    width = spec.layers[0].query.weight.shape[0]  # H D
+    bounds = batch.cu_scored.tolist()
+    positions = batch.scored_positions.numpy()
+    every_dots: dict[int, int] = {}  # by length: copies of one length cost the same in all layers but the last
+    dots = 0
+    passes = 2 if spec.mask_decoder is not None else 1
+    for copy, length in enumerate(batch.cu_seqlens.diff().tolist()):
+        if length not in every_dots:
+            every_dots[length] = _dots(spec, np.arange(length), length)
+        dots += (len(spec.layers) - 1) * every_dots[length]
+        dots += passes * _dots(spec, positions[bounds[copy] : bounds[copy + 1]], length)
+    return 2 * width * dots
+
+
+def _dots(spec: EncoderSpec, queries: np.ndarray, length: int) -> int:
+    """Products of ``H D`` numbers with as many that one layer's attention needs for some queries of one copy."""
+    dots = 2 * len(queries) * length  # q.k, and mixing the values
+    if spec.buckets is None or not len(queries):
+        return dots
+    longest = len(spec.buckets) // 2
+    distances = np.clip(queries[:, None] - np.arange(length), -longest, longest)
+    rows = spec.buckets.cpu().numpy()[distances + longest]  # [queries, length]
+    if spec.layers[0].pos_key is not None:
+        dots += _distinct(rows)
+    if spec.layers[0].pos_query is not None:
+        dots += _distinct(rows.T)
+    return dots
+
+
+def _distinct(rows: np.ndarray) -> int:
+    """Number of distinct values in each line of a matrix, summed over the lines."""
+    ordered = np.sort(rows, axis=1)
+    return len(rows) + int((ordered[:, 1:] != ordered[:, :-1]).sum())
+
+
+class Peak:
+    """The best rate seen of large matrix products, in the dtype and with the threads of what is measured.
+
+    Attributes:
+        flops: operations a second; 0 before the first sample.
+        source: the product that reached it.
+    """
+
+    def __init__(self, dtype: torch.dtype, products: Sequence[tuple[int, int, int]] = PRODUCTS) -> None:
+        self.flops = 0.0
+        self.source = ""
+        self._products = [
+            (f"{kind} {rows}x{inner}x{outer}", 2 * rows * inner * outer, run)
+            for rows, inner, outer in products
+            for kind, run in _ways(rows, inner, outer, dtype)
+        ]
+
+    def sample(self) -> float:
+        """Times every product once more; returns the best rate so far."""
+        with torch.inference_mode():
+            for name, operations, run in self._products:
+                start = time.perf_counter()
+                run()
+                rate = operations / (time.perf_counter() - start)
+                if rate > self.flops:
+                    self.flops, self.source = rate, name
+        return self.flops
+
+
+def _ways(rows: int, inner: int, outer: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The ways that torch multiplies ``[rows, inner]`` by ``[inner, outer]``."""
+    x = torch.randn(rows, inner).to(dtype)
+    weight = torch.randn(outer, inner).to(dtype)
+    yield "linear", lambda: F.linear(x, weight)
+    # oneDNN with a packed weight can be twice as fast (MKL is slow on some CPUs). These ops are private to torch,
+    # and absent in some builds.
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        run = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")  # noqa: E731
+        run()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return
+    yield "packed linear", run

@@ -1,0 +1,298 @@
+"""The command line: ``mlmfast score | rank | doctor | bench``.
+
+Exit status: 0 all rows scored, 1 some rows have ``error``, 2 the request itself is wrong, 70 a defect of mlmfast, 130
+interrupted, 141 the reader of a pipe has gone. Only commands import torch, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import mlmfast
+from mlmfast.bench import app as bench_app
+from mlmfast.errors import MLMFastError, RequestError
+from mlmfast.masking import check_metric
+
+if TYPE_CHECKING:
+    from mlmfast.model import MaskedLM
+    from mlmfast.results import Ranking
+    from mlmfast.writers import Sink, Tally
+
+app = typer.Typer(
+    help="Exact, fast scores of text under masked language models.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench_app, name="bench")
+
+METRIC_HELP = (
+    "Which tokens are masked together with the one that is scored: original (it alone), within_word_l2r, window, "
+    "global_l2r, unmasked, or strided (approximate: not the exact PLL)."
+)
+Model = Annotated[str, typer.Option(help='"tiny" (bundled), a Hugging Face Hub name, or a local folder.')]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a Hub model.")]
+Semantics = Annotated[
+    str, typer.Option(help="trained (as the model was trained) or upstream (what transformers computes); DeBERTa only.")
+]
+DType = Annotated[str, typer.Option(help="auto (float32), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Backend = Annotated[str, typer.Option(help="auto, or one that `mlmfast doctor` lists.")]
+BatchTokens = Annotated[int | None, typer.Option(min=1, help="Tokens in one pass: bounds memory.")]
+RandomHead = Annotated[
+    bool, typer.Option("--allow-random-head", help="Score although the checkpoint has no trained prediction head.")
+]
+Metric = Annotated[str, typer.Option(help=METRIC_HELP)]
+Window = Annotated[int, typer.Option(help="Positions masked at once by metric window.")]
+Stride = Annotated[int, typer.Option(help="Masked copies a text of the approximate metric strided.")]
+Temperature = Annotated[float, typer.Option(help="Divides the logits.")]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"mlmfast {mlmfast.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def score(
+    source: Annotated[str, typer.Argument(metavar="[FILE|-]", help="What to score; - is standard input.")] = "-",
+    model: Model = "tiny",
+    metric: Metric = "original",
+    window: Window = 3,
+    stride: Stride = 8,
+    temperature: Temperature = 1.0,
+    ranks: Annotated[bool, typer.Option("--ranks", help="Write each token's rank too, 1 for the likeliest.")] = False,
+    truncation: Annotated[
+        str | None, typer.Option(help="right or left: cut texts that are too long. Without it they get an error.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="auto (by the suffix), text, jsonl, csv, tsv or parquet.")] = "auto",
+    field: Annotated[str, typer.Option(help="The column or key that holds the text; not for text files.")] = "text",
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="A file, a folder (existing, or ending in /), or - for standard output."),
+    ] = "-",
+    shard_rows: Annotated[int, typer.Option(help="Rows in each file of an output folder.")] = 100_000,
+    batch_tokens: BatchTokens = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    semantics: Semantics = "trained",
+    revision: Revision = None,
+    allow_random_head: RandomHead = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+) -> None:
+    """Score every row of a file: text (a line each), JSON Lines, CSV or Parquet; text formats also as .gz, .bz2, .xz.
+
+    Writes JSON Lines, one object an input row, in order: text, pll (natural logarithm), tokens, logprobs, perplexity;
+    or text and error for a row that cannot be scored. An output file appears when it is whole. If a run is
+    interrupted, the same command continues where it stopped; an output folder is filled shard by shard.
+
+    Exit status: 0 all rows scored, 1 some have an error, 2 the request is wrong.
+    """
+    with reporting():
+        from mlmfast.corpus import open_sink
+        from mlmfast.readers import format_of, read_rows
+
+        check_metric(metric, window, stride)
+        options: dict[str, Any] = {"metric": metric, "window": window, "stride": stride, "temperature": temperature}
+        options |= {"ranks": ranks, "truncation": truncation}
+        loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
+        loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
+        request = {"mlmfast": mlmfast.__version__, "input": source if source == "-" else str(Path(source).resolve())}
+        request |= {"format": format_of(source, format), "field": field, "model": model} | options | loading
+        if output != "-" and source != "-" and Path(output).resolve() == Path(source).resolve():
+            raise RequestError(f"--output {output} is the input")
+        if source == "-" and sys.stdin.isatty():
+            say("reading standard input, a text a line; Ctrl-D ends it")
+        # What may be wrong with the files is found before the model is loaded.
+        sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
+        rows = read_rows(source, format=format, field=field)
+        tally = _score(mlmfast.load(model, **loading), rows, sink, options, output, quiet, model)
+    raise typer.Exit(1 if tally.errors else 0)
+
+
+def _score(lm: MaskedLM, rows: Any, sink: Sink, options: dict[str, Any], output: str, quiet: bool, model: str) -> Tally:
+    """Runs with a bar, says what an unfinished run has left, and ends with one line of summary."""
+    from tqdm import tqdm
+
+    from mlmfast.corpus import score_rows
+
+    started = time.perf_counter()
+    # disable=None: a bar on a terminal only
+    with tqdm(unit=" rows", file=sys.stderr, disable=True if quiet else None, leave=False) as bar:
+
+        def show(tally: Tally) -> None:
+            bar.update(tally.rows - bar.n)
+            bar.set_postfix(errors=tally.errors, refresh=False)
+
+        try:
+            tally = score_rows(lm, rows, sink, options, show)
+        except BaseException as error:
+            left = sink.close()
+            bar.close()
+            added = sink.tally.rows > sink.tally.kept
+            if left is not None and (added or isinstance(error, KeyboardInterrupt)):
+                say(f"{sink.tally.rows:,} rows are kept in {left}; run the same command again to continue")
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise RequestError(f"cannot write {output}: {error.strerror or error}") from error
+            raise
+    if not quiet:
+        kept = f" ({tally.kept:,} of them by an earlier run)" if tally.kept else ""
+        approximate = " (approximate)" if options["metric"] == "strided" else ""
+        say(
+            f"{tally.rows:,} rows{kept}, {tally.errors:,} with an error, {tally.tokens:,} tokens scored in "
+            f"{time.perf_counter() - started:.1f} s; model {model}, metric {options['metric']}{approximate}"
+        )
+    return tally
+
+
+@app.command()
+def rank(
+    prompt: Annotated[str | None, typer.Argument(help="What the options continue.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="Two or more continuations.")] = None,
+    file: Annotated[
+        str | None, typer.Option(help='JSON Lines of {"prompt": ..., "options": [...]}; - is stdin.')
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines also on a terminal.")] = False,
+    model: Model = "tiny",
+    metric: Metric = "window",
+    window: Window = 3,
+    stride: Stride = 8,
+    temperature: Temperature = 1.0,
+    normalize: Annotated[
+        str, typer.Option(help="none, tokens (a token's mean), or unconditional (less the score without the prompt).")
+    ] = "none",
+    unconditional_prompt: Annotated[str, typer.Option(help="Stands for the prompt in unconditional.")] = "",
+    batch_tokens: BatchTokens = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    semantics: Semantics = "trained",
+    revision: Revision = None,
+    allow_random_head: RandomHead = False,
+) -> None:
+    """Rank continuations of a prompt, best first.
+
+    Prompt and option are joined exactly as given, so options usually begin with a space:
+
+        mlmfast rank "2 + 2 =" " 4" " 5"
+
+    Prints a table on a terminal, else JSON Lines: prompt, options, values, probabilities (their softmax), best, order;
+    or prompt, options and error. Exit status as for score.
+    """
+    failed = False
+    with reporting():
+        from mlmfast import ranking
+
+        if (file is None) == (prompt is None):
+            raise RequestError("give a prompt and options, or --file, and not both")
+        check_metric(metric, window, stride)
+        if normalize not in ranking.NORMALIZATIONS:
+            raise RequestError(f"--normalize {normalize} is not known; choose {', '.join(ranking.NORMALIZATIONS)}")
+        settings: dict[str, Any] = {"metric": metric, "window": window, "stride": stride, "temperature": temperature}
+        settings |= {"normalize": ranking.NORMALIZATIONS[normalize], "unconditional_prompt": unconditional_prompt}
+        loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
+        loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
+        questions: Iterable[ranking.Question] | None = ranking.read_questions(file) if file else None
+        if prompt is not None and not options:
+            raise RequestError("give the options to rank after the prompt")
+        lm = mlmfast.load(model, **loading)
+        if questions is None:
+            questions = [ranking.Question(prompt, options)]
+        for number, question in enumerate(questions, 1):
+            outcome = ranking.answer(lm, question, settings)
+            if isinstance(outcome, str) and not file:
+                raise RequestError(outcome)
+            failed = failed or isinstance(outcome, str)
+            if as_json or file or not sys.stdout.isatty():
+                _write_line(ranking.record_of(question, outcome, number))
+            elif not isinstance(outcome, str):
+                _print_ranking(outcome, metric)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """Say what is installed, what this machine has, and which backend serves which op here and why."""
+    with reporting():
+        from mlmfast import doctor as examination
+
+        findings = examination.examine()
+        if as_json:
+            typer.echo(json.dumps(findings, indent=1))
+        else:
+            examination.show(findings)
+
+
+def main() -> NoReturn:
+    """The entry point."""
+    try:
+        app()
+    except SystemExit:
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.exit(70)  # not 1, which says that rows have errors
+    sys.exit(0)
+
+
+def say(message: str) -> None:
+    """One line to stderr."""
+    typer.echo(f"mlmfast: {message}", err=True)
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Turns what ends a command early into one line on stderr and its exit status."""
+    try:
+        yield
+        sys.stdout.flush()
+    except MLMFastError as error:
+        say(" ".join(str(error).split()))
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # What is still buffered must not be tried again when Python closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except OSError as error:
+        say(str(error))
+        raise typer.Exit(2) from None
+
+
+def _write_line(record: dict[str, Any]) -> None:
+    from mlmfast.writers import encode
+
+    sys.stdout.buffer.write(encode(record))
+    sys.stdout.buffer.flush()
+
+
+def _print_ranking(result: Ranking, metric: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(repr(result.prompt)), caption=f"metric {metric}, normalize {result.normalize or 'none'}")
+    for name in ("option", "value", "share", "tokens"):
+        table.add_column(name, justify="left" if name == "option" else "right")
+    for i in result.order:
+        numbers = (f"{result.values[i]:.4f}", f"{result.probabilities[i]:.1%}", str(len(result.scores[i])))
+        table.add_row(Text(repr(result.options[i])), *numbers)
+    Console().print(table)
