@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,15 +173,21 @@ def load_checkpoint(
             raise CheckpointError(f"{name}: its weights cannot be read: {error}") from error
         if tokenizer is None:
             tokenizer = load_tokenizer(name, options)
+    base = f"{model.base_model_prefix}."
     missing = sorted([*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))])
-    if missing and not allow_random_head:
+    headless = not any(key.startswith(base) for key in missing)
+    if missing and not (allow_random_head and headless):
+        remedy = (
+            "use a checkpoint with its masked-LM head, or pass allow_random_head=True if you mean it"
+            if headless
+            else "the file is incomplete or belongs to another architecture"
+        )
         raise CheckpointError(
             f"{name}: {len(missing)} tensors are not in the checkpoint and would be freshly initialised "
-            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), so its scores would be noise; use a "
-            "checkpoint with its masked-LM head, or pass allow_random_head=True if you mean it"
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), so its scores would be noise; {remedy}"
         )
     model.eval().to(device)
-    check_finite(name, model)
+    check_finite(name, {**dict(model.named_parameters()), **extras})
     return Checkpoint(model, tokenizer, extras)
 
 
@@ -208,7 +214,7 @@ def check_live(model: Any, tokenizer: Any, dtype: torch.dtype | None, device: st
         raise RequestError(f"a live model keeps its dtype ({own.dtype}); convert it yourself: model.to({dtype})")
     if device != "auto" and torch.device(device).type != own.device.type:
         raise RequestError(f"a live model stays on its device ({own.device}); move it yourself: model.to({device!r})")
-    check_finite(name, model)
+    check_finite(name, dict(model.named_parameters()))
     return name
 
 
@@ -238,9 +244,17 @@ def _config(name: str, options: dict[str, Any]) -> tuple[Any, ModuleType]:
 def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
     """The tokenizer that belongs to a checkpoint."""
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # tokenizers raise anything from OSError to a bare Exception
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {error}") from error
+    # Without tokenizer files transformers makes one up that knows its special tokens and hardly a word.
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not any(len(word) > 1 for word in words):
+        raise CheckpointError(
+            f"{name}: its tokenizer has no vocabulary, so every word would be unknown; save the tokenizer beside the "
+            "model, or pass load(model, tokenizer)"
+        )
+    return tokenizer
 
 
 def weight_files(name: str, revision: str | None = None) -> list[Path]:
@@ -294,10 +308,10 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
-def check_finite(name: str, model: nn.Module) -> None:
+def check_finite(name: str, weights: Mapping[str, Tensor]) -> None:
     """Refuses weights that would make every score NaN."""
-    for key, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+    for key, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{name}: weight {key!r} holds NaN or infinite values, so its scores would be meaningless; "
                 "use an earlier checkpoint or look for the overflow in its training"

@@ -119,5 +119,6 @@ def _attempt(
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator gave up: torch has a class for it on accelerators, and only a message on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """Whether an allocator gave up: torch has a class for it on accelerators, and only messages on the CPU."""
+    messages = ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)

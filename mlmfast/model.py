@@ -100,7 +100,7 @@ class MaskedLM:
         metric: str = "original",
         window: int = 3,
         stride: int = 8,
-        spans: Sequence[tuple[int, int] | None] | None = None,
+        spans: Sequence[tuple[int, int | None] | None] | None = None,
         temperature: float = 1.0,
         ranks: bool = False,
         entropies: bool = False,
@@ -117,7 +117,7 @@ class MaskedLM:
             window: positions masked by ``"window"``.
             stride: copies a text of ``"strided"``.
             spans: for each text the characters ``(start, end)`` to score, or None for all. A token is scored if it
-                ends beyond ``start`` and begins before ``end``.
+                ends beyond ``start`` and begins before ``end``; an ``end`` of None is open.
             temperature: divides the logits.
             ranks: also the rank of each token among the vocabulary.
             entropies: also the entropy of the distribution at each token.
@@ -140,7 +140,7 @@ class MaskedLM:
             offsets = encoded.offsets
             return Score(
                 text=encoded.text,
-                tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
+                tokens=self._pieces(ids),
                 token_ids=ids,
                 offsets=None if offsets is None else [(int(a), int(b)) for a, b in offsets[positions]],
                 metric=metric,
@@ -164,9 +164,10 @@ class MaskedLM:
         """
         pairs = _listed(pairs, "pairs")
         for i, pair in enumerate(pairs):
-            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            parts = pair if isinstance(pair, (tuple, list)) else ()
+            if [isinstance(part, str) for part in parts] != [True, True]:
                 raise RequestError(f"pair {i} is not (prefix, continuation), two strings: {pair!r}")
-        spans = [(len(prefix), len(prefix) + len(continuation)) for prefix, continuation in pairs]
+        spans = [(len(prefix), None) for prefix, _ in pairs]
         return self.score([prefix + continuation for prefix, continuation in pairs], spans=spans, **options)
 
     def rank(
@@ -220,7 +221,7 @@ class MaskedLM:
         metric: str = "original",
         window: int = 3,
         stride: int = 8,
-        spans: Sequence[tuple[int, int] | None] | None = None,
+        spans: Sequence[tuple[int, int | None] | None] | None = None,
         temperature: float = 1.0,
         top_k: int | None = 5,
         truncation: str | None = None,
@@ -243,12 +244,10 @@ class MaskedLM:
             best = values.get("ids")
             return Distribution(
                 text=encoded.text,
-                tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
+                tokens=self._pieces(ids),
                 token_ids=ids,
                 candidate_ids=best,
-                candidates=None
-                if best is None
-                else [self.tokenizer.convert_ids_to_tokens(row) for row in best.tolist()],
+                candidates=None if best is None else [self._pieces(row) for row in best],
                 logprobs=values["logprobs"],
             )
 
@@ -287,7 +286,7 @@ class MaskedLM:
                     text=encoded.text,
                     position=int(position),
                     token_ids=ids,
-                    tokens=self.tokenizer.convert_ids_to_tokens(ids.tolist()),
+                    tokens=self._pieces(ids),
                     words=[self.tokenizer.decode([token]).strip() for token in ids.tolist()],
                     logprobs=logprobs,
                 )
@@ -308,7 +307,7 @@ class MaskedLM:
         metric: str = "original",
         window: int = 3,
         stride: int = 8,
-        spans: Sequence[tuple[int, int] | None] | None = None,
+        spans: Sequence[tuple[int, int | None] | None] | None = None,
         truncation: str | None = None,
     ) -> MaskPlan:
         """The copies that scoring these texts would ask for, without computing any; see :func:`mlmfast.packing.pack`.
@@ -346,7 +345,7 @@ class MaskedLM:
     def _each(
         self,
         texts: Sequence[str],
-        spans: Sequence[tuple[int, int] | None] | None,
+        spans: Sequence[tuple[int, int | None] | None] | None,
         truncation: str | None,
         on_error: str,
         progress: bool | None,
@@ -394,6 +393,11 @@ class MaskedLM:
                         if on_error == "raise":
                             raise results[i]
         return results
+
+    def _pieces(self, ids: np.ndarray) -> list[str]:
+        """The tokenizer's pieces; a row of the vocabulary that it has no piece for is named by its id."""
+        pieces = self.tokenizer.convert_ids_to_tokens(ids.tolist())
+        return [f"[id {i}]" if piece is None else piece for i, piece in zip(ids, pieces)]
 
     def _not_finite(self) -> str:
         return (

@@ -33,7 +33,8 @@ class Score:
         token_ids: int64 ``[n]``.
         offsets: ``(start, end)`` of each scored token in ``text``, in characters; None where the tokenizer
             keeps none.
-        logprobs: float32 ``[n]``, natural logarithm of each token's probability where it stood masked.
+        logprobs: float32 ``[n]`` (float64 from a float64 model), natural logarithm of each token's probability where
+            it stood masked.
         metric: which positions were masked together with the scored one (see :mod:`mlmfast.masking`).
         ranks: int64 ``[n]``, 1 for the model's first choice; None unless asked for.
         entropies: float32 ``[n]``, entropy in nats of the distribution at each token; None unless asked for.

@@ -63,9 +63,8 @@ class TextEncoder:
     def encode(
         self,
         texts: Sequence[str],
-        spans: Sequence[tuple[int, int] | None] | None = None,
+        spans: Sequence[tuple[int, int | None] | None] | None = None,
         truncation: str | None = None,
-        first_index: int = 0,
         scores_masks: bool = False,
     ) -> list[EncodedText | TextError]:
         """Tokenises texts, special tokens added.
@@ -73,9 +72,8 @@ class TextEncoder:
         Args:
             texts: what to read.
             spans: for each text the characters ``(start, end)`` whose tokens are scored, or None for all of them. A
-                token is scored if it ends beyond ``start`` and begins before ``end``.
+                token is scored if it ends beyond ``start`` and begins before ``end``; an ``end`` of None is open.
             truncation: which end loses tokens of a text that is too long; None refuses it.
-            first_index: index of the first text in the request, for messages.
             scores_masks: score the masks that stand in the text, and nothing else.
 
         Returns:
@@ -83,8 +81,8 @@ class TextEncoder:
         """
         if truncation not in TRUNCATIONS:
             raise RequestError(f"truncation={truncation!r} is not known; choose 'right', 'left' or None")
-        if spans is not None and len(spans) != len(texts):
-            raise RequestError(f"{len(spans)} spans were given for {len(texts)} texts")
+        if spans is not None:
+            _check_spans(spans, len(texts))
         if spans is not None and not self.tokenizer.is_fast and any(span is not None for span in spans):
             raise RequestError(
                 f"{self.name}: spans and continuations need each token's place in the text, and this tokenizer does "
@@ -103,7 +101,7 @@ class TextEncoder:
                 taken += 1
             else:
                 outcome = fault
-            results.append(TextError(first_index + i, outcome) if isinstance(outcome, str) else outcome)
+            results.append(TextError(i, outcome) if isinstance(outcome, str) else outcome)
         return results
 
     def _tokenise(self, texts: list[str]) -> Any:
@@ -124,7 +122,7 @@ class TextEncoder:
         text: str,
         encodings: Any,
         i: int,
-        span: tuple[int, int] | None,
+        span: tuple[int, int | None] | None,
         truncation: str | None,
         scores_masks: bool,
     ) -> EncodedText | str:
@@ -168,16 +166,31 @@ class TextEncoder:
             scored &= _inside(offsets, span)
             if not scored.any():
                 cut = " (after truncation)" if excess else ""
-                return f"has no token to score within characters {span[0]} to {span[1]}{cut}"
+                end = "the end" if span[1] is None else span[1]
+                return f"has no token to score within characters {span[0]} to {end}{cut}"
         return EncodedText(text, TokenSequence(token_ids, special, scored, word_ids), offsets, excess)
 
 
-def _inside(offsets: np.ndarray, span: tuple[int, int]) -> np.ndarray:
+def _inside(offsets: np.ndarray, span: tuple[int, int | None]) -> np.ndarray:
     """bool ``[L]``: which tokens a span of characters scores."""
     start, end = span
-    # From the very start every token counts, even a word-boundary piece that covers no character.
+    # From the very start and to an open end every token counts, even a piece of white space that covers no character.
     beyond = np.ones(len(offsets), bool) if start <= 0 else offsets[:, 1] > start
-    return beyond & (offsets[:, 0] < end)
+    if end is None:
+        return beyond
+    return beyond & (offsets[:, 0] < end) & (start < end)
+
+
+def _check_spans(spans: Sequence[Any], texts: int) -> None:
+    if len(spans) != texts:
+        raise RequestError(f"{len(spans)} spans were given for {texts} texts")
+    for i, span in enumerate(spans):
+        if span is None:
+            continue
+        bounds = list(span) if isinstance(span, (tuple, list)) else []
+        whole = [isinstance(bound, (int, np.integer)) for bound in bounds]
+        if whole != [True, True] and not (whole == [True, False] and bounds[1] is None):
+            raise RequestError(f"span {i} is {span!r}; it should be (start, end) in characters, or None for the text")
 
 
 def _fault(text: object) -> str | None:

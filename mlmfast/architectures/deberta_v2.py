@@ -149,13 +149,18 @@ def _buckets(encoder: Any, derived: Derived, semantics: str) -> Tensor:
     device = encoder.rel_embeddings.weight.device
     # With half the buckets at or past the longest distance the logarithm's formula divides by zero or turns round.
     require(buckets <= 0 or buckets // 2 < span - 1, "deberta-v2", f"position_buckets={buckets} for {span} positions")
-    longest = span - 1 if semantics == "trained" else span
+    half = buckets if buckets > 0 else span
+
+    def rows(longest: int) -> Tensor:
+        distances = torch.arange(-longest, longest + 1)
+        table = make_log_bucket_position(distances, buckets, span) if buckets > 0 else distances
+        return (table.long() + half).clamp(0, 2 * half - 1)
 
     def build() -> Tensor:
-        distances = torch.arange(-longest, longest + 1)
-        rows = make_log_bucket_position(distances, buckets, span) if buckets > 0 else distances
-        half = buckets if buckets > 0 else span
-        return (rows.long() + half).clamp(0, 2 * half - 1).to(torch.int32).to(device)
+        longest = span - 1 if semantics == "trained" else span
+        while semantics == "upstream" and not (rows(longest)[0] == 0 and rows(longest)[-1] == 2 * half - 1):
+            longest *= 2  # only with an odd number of buckets
+        return rows(longest).to(torch.int32).to(device)
 
     return derived.get(("buckets", semantics, device), [], build)
 

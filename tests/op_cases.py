@@ -1,0 +1,132 @@
+"""What the op tests share: the backends under test, packed shapes that hurt, and the bound on a backend's error.
+
+A later backend joins by one line in :data:`BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlmfast import backends
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend, where its tensors live, and the dtypes it takes."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+BACKENDS = [
+    Backend("reference", "cpu"),
+]
+
+# Lengths of the sequences of a packed batch: one row, primes, block edges and their neighbours, a long one among short.
+LENGTHS = [
+    [1],
+    [2, 1, 1, 3],
+    [13, 13, 7],
+    [15, 16, 17, 31, 32, 33],
+    [63, 64, 65],
+    [131, 1, 2, 5, 1, 1],
+]
+
+
+def on_every_backend(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Parametrises a test over ``backend`` and each ``dtype`` it takes."""
+    cases = [pytest.param(b, d, id=f"{b.name}-{str(d).removeprefix('torch.')}") for b in BACKENDS for d in b.dtypes]
+    return pytest.mark.parametrize(("backend", "dtype"), cases)(test)
+
+
+def on_every_backend_in_float32(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Parametrises a test over ``backend`` alone."""
+    return pytest.mark.parametrize("backend", [pytest.param(b, id=b.name) for b in BACKENDS])(test)
+
+
+@contextmanager
+def serving(backend: Backend) -> Iterator[None]:
+    """Within the block every op runs on this backend, and memory that nobody has written reads NaN."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
+    try:
+        with backends.forced(backend.name):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """float64 normal numbers, the same for the same seed."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def bounds(lengths: Sequence[int]) -> Tensor:
+    """int32 ``cu_seqlens`` of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def moved(arguments: Any, backend: Backend, dtype: torch.dtype) -> Any:
+    """The same arguments on the backend's device, the float ones in ``dtype``."""
+    if isinstance(arguments, Tensor):
+        return arguments.to(backend.device, dtype if arguments.is_floating_point() else arguments.dtype)
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(moved(a, backend, dtype) for a in arguments)
+    if isinstance(arguments, dict):
+        return {name: moved(a, backend, dtype) for name, a in arguments.items()}
+    return arguments
+
+
+def assert_as_good_as_torch(
+    backend: Backend,
+    dtype: torch.dtype,
+    op: Callable[..., Any],
+    plain: Callable[..., Any],
+    arguments: Sequence[Any],
+    same_dtype: Callable[..., Any] | None = None,
+    **options: Any,
+) -> None:
+    """The op's error against ``plain`` in float64 is at most twice that of plain torch in this dtype, plus 1e-6 (1e-3).
+
+    ``plain`` takes the op's arguments and returns one tensor, or a tuple of which only floats are compared. Plain torch
+    in this dtype is ``same_dtype`` where torch has functions of its own for it, else ``plain`` again. The inputs are
+    rounded to ``dtype`` first, so that all three read the same numbers.
+    """
+    rounded = moved(tuple(arguments), backend, dtype)
+    options = moved(options, backend, dtype)
+    wide = [moved(a, backend, torch.float64) for a in (rounded, options)]
+    with serving(backend):
+        got = op(*rounded, **options)
+    truth, own = plain(*wide[0], **wide[1]), (same_dtype or plain)(*rounded, **options)
+    slack = 1e-6 if dtype in (torch.float32, torch.float64) else 1e-3
+    for g, t, o in zip(_tuple(got), _tuple(truth), _tuple(own)):
+        assert g.shape == t.shape
+        if not g.is_floating_point() or g.numel() == 0:
+            continue
+        assert bool(torch.isfinite(g).all()), "NaN, infinite, or never written"
+        error, allowed = (g.double() - t).abs().max(), 2 * (o.double() - t).abs().max() + slack
+        assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def _tuple(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def check_registration(backend: Backend, op: Any, arguments: Sequence[Any], **options: Any) -> None:
+    """Schema, fake and dynamic shapes by ``opcheck``; the op stands in a compiled graph without a break."""
+    arguments, options = moved(tuple(arguments), backend, torch.float32), moved(options, backend, torch.float32)
+    torch.compiler.reset()  # each call compiles anew; without this they count as recompilations of one function
+    with backends.forced(backend.name):
+        torch.library.opcheck(op, arguments, options)
+        eager = op(*arguments, **options)
+        compiled = torch.compile(lambda *a, **o: op(*a, **o), fullgraph=True, backend="eager")(*arguments, **options)
+    for a, b in zip(_tuple(eager), _tuple(compiled)):
+        assert torch.equal(a, b)

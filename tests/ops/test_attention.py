@@ -1,0 +1,133 @@
+"""attention: packed, bidirectional, all rows or a few as queries, with and without a local window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    LENGTHS,
+    Backend,
+    assert_as_good_as_torch,
+    bounds,
+    check_registration,
+    moved,
+    on_every_backend,
+    on_every_backend_in_float32,
+    randn,
+    serving,
+)
+from torch import Tensor
+
+from mlmfast.ops.attention import attention
+from mlmfast.reference import attention as reference_module
+
+
+def plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    q_positions: Tensor | None,
+    scale: float,
+    local_window: int = -1,
+) -> Tensor:
+    """One sequence, head and query after the other."""
+    out = torch.zeros_like(q)
+    for s in range(len(cu_seqlens_q) - 1):
+        keys = range(int(cu_seqlens_k[s]), int(cu_seqlens_k[s + 1]))
+        for row in range(int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1])):
+            place = row - int(cu_seqlens_q[s]) if q_positions is None else int(q_positions[row])
+            seen = [r for j, r in enumerate(keys) if local_window < 0 or abs(place - j) <= local_window]
+            weights = torch.softmax((k[seen] * q[row]).sum(-1) * scale, dim=0)  # [keys, H]
+            out[row] = (weights[:, :, None] * v[seen]).sum(0)
+    return out
+
+
+def few_queries(lengths: list[int], seed: int = 0) -> tuple[list[int], Tensor]:
+    """How many rows of each sequence ask (sometimes none), and their places, ascending within a sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    counts, places = [], []
+    for s, length in enumerate(lengths):
+        count = 0 if s == 1 else int(torch.randint(0 if s else 1, min(length, 5) + 1, (1,), generator=generator))
+        counts.append(count)
+        places.append(torch.randperm(length, generator=generator)[:count].sort().values)
+    return counts, torch.cat(places)
+
+
+def arguments(lengths: list[int], heads: int, width: int, few: bool, window: int = -1) -> list[Any]:
+    rows = sum(lengths)
+    k, v = randn(rows, heads, width, seed=1), randn(rows, heads, width, seed=2)
+    counts, places = few_queries(lengths) if few else (lengths, None)
+    q = randn(sum(counts), heads, width, seed=3)
+    return [q, k, v, bounds(counts), bounds(lengths), max(counts), max(lengths), places, 0.7 * width**-0.5, window]
+
+
+@on_every_backend
+@pytest.mark.parametrize("few", [False, True], ids=["all rows", "few queries"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_attention(backend: Backend, dtype: torch.dtype, lengths: list[int], few: bool) -> None:
+    assert_as_good_as_torch(backend, dtype, attention, plain, arguments(lengths, 3, 8, few))
+
+
+@on_every_backend
+@pytest.mark.parametrize("window", [0, 1, 5, 64])
+@pytest.mark.parametrize("few", [False, True], ids=["all rows", "few queries"])
+def test_local_window(backend: Backend, dtype: torch.dtype, window: int, few: bool) -> None:
+    assert_as_good_as_torch(backend, dtype, attention, plain, arguments([1, 17, 33, 70], 2, 4, few, window))
+
+
+@on_every_backend_in_float32
+@pytest.mark.parametrize(("heads", "width"), [(1, 1), (1, 64), (5, 3), (12, 16), (2, 80)])
+def test_heads_and_widths(backend: Backend, heads: int, width: int) -> None:
+    assert_as_good_as_torch(backend, torch.float32, attention, plain, arguments([7, 1, 12], heads, width, False))
+
+
+@on_every_backend
+def test_no_queries_at_all(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, v, _, cu_k, _, longest, _, scale, _ = moved(arguments([3, 4], 2, 4, False), backend, dtype)
+    with serving(backend):
+        none = torch.zeros(3, dtype=torch.int32, device=backend.device)
+        places = torch.zeros(0, dtype=torch.int64, device=backend.device)
+        out = attention(q[:0], k, v, none, cu_k, 0, longest, places, scale)
+    assert out.shape == (0, 2, 4) and out.dtype == dtype
+
+
+@on_every_backend
+def test_strong_scores_do_not_overflow(backend: Backend, dtype: torch.dtype) -> None:
+    given = arguments([9, 2], 2, 4, False)
+    given[0] = given[0] * 30
+    given[1] = given[1] * 30
+    assert_as_good_as_torch(backend, dtype, attention, plain, given)
+
+
+@on_every_backend_in_float32
+def test_slices_of_one_projection(backend: Backend) -> None:
+    """Queries, keys and values that lie side by side in one tensor."""
+    given = moved(arguments([5, 3], 2, 4, False), backend, torch.float32)
+    together = torch.stack(given[:3], dim=1)  # [T, 3, H, D]
+    with serving(backend):
+        views = attention(together[:, 0], together[:, 1], together[:, 2], *given[3:])
+        whole = attention(*given)
+    assert not together[:, 0].is_contiguous()
+    torch.testing.assert_close(views, whole, rtol=0, atol=1e-6)
+
+
+@on_every_backend_in_float32
+@pytest.mark.parametrize("few", [False, True])
+def test_registration(backend: Backend, few: bool) -> None:
+    check_registration(backend, attention, arguments([4, 1, 6], 2, 4, few))
+    check_registration(backend, attention, arguments([4, 1, 6], 2, 4, few, window=2))
+
+
+def test_the_reference_computes_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound on the scores held at once splits equal lengths into several blocks, down to one sequence."""
+    given = arguments([6, 6, 6, 6, 2, 2, 2], 2, 4, False)
+    whole = reference_module.attention(*given)
+    for most in (1, 80, 150):
+        monkeypatch.setattr(reference_module, "SCORES", most)
+        torch.testing.assert_close(reference_module.attention(*given), whole, rtol=0, atol=1e-12)

@@ -1,0 +1,219 @@
+"""A text's score does not depend on its company, and a planted leak fails the same check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import NAMES, POOL, budgets, metrics, spans, texts
+from checkpoints import sentences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from truth import assert_near
+
+import mlmfast
+from mlmfast import encoder, execution
+from mlmfast import model as model_module
+from mlmfast.masking import MaskPlan
+from mlmfast.model import MaskedLM
+from mlmfast.packing import PackedBatch, pack
+
+
+def scored(
+    lm: MaskedLM, texts: Sequence[str], metric: str, spans: Sequence[Any] | None, budget: int, stride: int = 3
+) -> list[np.ndarray]:
+    """Log-probabilities of each text under a token budget."""
+    before, lm.batch_tokens = lm.batch_tokens, budget
+    try:
+        return [s.logprobs for s in lm.score(texts, metric=metric, spans=spans, stride=stride, progress=False)]
+    finally:
+        lm.batch_tokens = before
+
+
+def assert_independent(
+    lm: MaskedLM, texts: Sequence[str], metric: str, spans: Sequence[Any] | None, budget: int
+) -> None:
+    """Each text scores in this company as it does alone, a copy at a time."""
+    together = scored(lm, texts, metric, spans, budget)
+    assert len(together) == len(texts)
+    for i, text in enumerate(texts):
+        span = None if spans is None else [spans[i]]
+        alone = scored(lm, [text], metric, span, budget=1)[0]
+        assert_near(together[i], alone, 1e-5, f"{metric} of {text!r} among {len(texts)}, {budget} tokens a batch")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data(), texts=texts, metric=metrics, budget=budgets)
+@settings(max_examples=30)
+def test_a_score_does_not_depend_on_its_company(
+    lms: dict[str, MaskedLM], name: str, data: st.DataObject, texts: list[str], metric: str, budget: int
+) -> None:
+    chosen = data.draw(st.lists(spans, min_size=len(texts), max_size=len(texts)), label="spans")
+    chosen = [None if span and span[0] >= len(text) - 1 else span for span, text in zip(chosen, texts)]
+    assert_independent(lms[name], texts, metric, chosen, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data(), texts=st.lists(st.sampled_from(POOL + sentences(60, seed=8)), min_size=1, max_size=40))
+@settings(max_examples=60)
+def test_a_score_does_not_depend_on_its_company_in_larger_batches(
+    lms: dict[str, MaskedLM], name: str, data: st.DataObject, texts: list[str]
+) -> None:
+    assert_independent(lms[name], texts, data.draw(metrics), None, data.draw(st.integers(1, 20_000)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_come_in_input_order_and_duplicates_agree(lms: dict[str, MaskedLM], name: str) -> None:
+    lm = lms[name]
+    batch = [*POOL, *POOL[::-1], POOL[0]]
+    for budget in (1, 64, 10_000):
+        lm.batch_tokens = budget
+        scores = lm.score(batch)
+        assert [score.text for score in scores] == batch
+        for text, score in zip(batch, scores):
+            assert score.token_ids.tolist() == lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert np.array_equal(score.logprobs, scores[batch.index(text)].logprobs)  # one copy serves them all
+    lm.batch_tokens = 8192
+
+
+def reaching_into_the_next(op: Callable[..., Tensor], bounds: int) -> Callable[..., Tensor]:
+    """An attention op whose every sequence also sees the first key of the next.
+
+    ``bounds`` counts the arguments between the values and ``cu_seqlens_q``.
+    """
+
+    def leaky(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        before, (cu_q, cu_k, max_q, max_k, q_positions, *after) = rest[:bounds], rest[bounds:]
+        if q_positions is None:
+            q_positions = encoder_positions(cu_q)
+        out = torch.empty_like(q)
+        for s in range(len(cu_q) - 1):
+            rows = slice(int(cu_q[s]), int(cu_q[s + 1]))
+            keys = slice(int(cu_k[s]), min(int(cu_k[s + 1]) + 1, len(k)))
+            cu_own = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
+            cu_keys = torch.tensor([0, keys.stop - keys.start], dtype=torch.int32)
+            out[rows] = op(
+                q[rows], k[keys], v[keys], *before, cu_own, cu_keys, max_q, max_k + 1, q_positions[rows], *after
+            )
+        return out
+
+    return leaky
+
+
+def encoder_positions(cu_seqlens: Tensor) -> Tensor:
+    return torch.cat([torch.arange(int(n)) for n in cu_seqlens.diff()])
+
+
+def plant_a_key(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(encoder, "attention", reaching_into_the_next(encoder.attention, 0))
+    patch.setattr(encoder, "disentangled_attention", reaching_into_the_next(encoder.disentangled_attention, 3))
+
+
+def plant_a_fusion(patch: pytest.MonkeyPatch) -> None:
+    """Two neighbouring copies of a batch become one sequence for the attention, with their positions kept."""
+
+    def fused(plan: MaskPlan, budget: int) -> list[PackedBatch]:
+        return [fuse(batch) for batch in pack(plan, budget)]
+
+    def fuse(batch: PackedBatch) -> PackedBatch:
+        if batch.copies < 2:
+            return batch
+        fields = dict(vars(batch))
+        fields["cu_seqlens"] = torch.cat([batch.cu_seqlens[:1], batch.cu_seqlens[2:]])
+        fields["cu_scored"] = torch.cat([batch.cu_scored[:1], batch.cu_scored[2:]])
+        fields["scored_positions"] = batch.scored_positions + torch.where(
+            (batch.scored_rows >= batch.cu_seqlens[1]) & (batch.scored_rows < batch.cu_seqlens[2]),
+            batch.cu_seqlens[1],
+            0,
+        )
+        fields["max_seqlen"] = int(fields["cu_seqlens"].diff().max())
+        fields["max_scored"] = int(fields["cu_scored"].diff().max())
+        return PackedBatch(**fields)
+
+    patch.setattr(execution, "pack", fused)
+
+
+def plant_a_convolution(patch: pytest.MonkeyPatch) -> None:
+    """The convolution forgets where copies end: every row believes to stand in the middle of a long one."""
+
+    def one_long_copy(batch: PackedBatch) -> PackedBatch:
+        fields = dict(vars(batch))
+        fields["cu_seqlens"] = torch.tensor([0, batch.tokens], dtype=torch.int32)
+        return PackedBatch(**fields)
+
+    def leaky(convolution: Any, batch: PackedBatch, *rest: Any) -> Tensor:
+        return true_convolution(convolution, one_long_copy(batch), *rest)
+
+    true_convolution = encoder.apply_convolution
+    patch.setattr(encoder, "apply_convolution", leaky)
+
+
+@pytest.mark.parametrize(
+    ("name", "plant"),
+    [
+        ("bert", plant_a_key),
+        ("deberta", plant_a_key),
+        ("deberta, all of it", plant_a_key),
+        ("bert", plant_a_fusion),
+        ("deberta", plant_a_fusion),
+        ("deberta, all of it", plant_a_convolution),
+    ],
+)
+@pytest.mark.parametrize("metric", ["original", "unmasked", "strided"])
+def test_a_planted_leak_fails_the_same_check(
+    lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch, name: str, plant: Any, metric: str
+) -> None:
+    lm, batch = lms[name], [POOL[6], POOL[0], POOL[8], POOL[2]]
+    assert_independent(lm, batch, metric, None, 5000)
+    with monkeypatch.context() as patch:
+        plant(patch)
+        with pytest.raises(AssertionError, match="off by"):
+            assert_independent(lm, batch, metric, None, 5000)
+    assert_independent(lm, batch, metric, None, 5000)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("most", [20, 33, 100])
+@pytest.mark.parametrize("failure", ["accelerator", "allocator"])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch, name: str, most: int, failure: str
+) -> None:
+    lm, sizes = lms[name], []
+    wanted = scored(lm, POOL, "window", None, 3000)
+    true_encode = execution.encode
+
+    def small_memory(spec: Any, batch: PackedBatch, mask_token_id: int) -> Tensor:
+        sizes.append(batch.tokens)
+        if batch.tokens > most and batch.copies > 1:
+            if failure == "accelerator":
+                raise torch.OutOfMemoryError("out of memory")
+            torch.empty(1 << 50)  # 4 PiB: the CPU's allocator raises a plain RuntimeError
+        return true_encode(spec, batch, mask_token_id)
+
+    monkeypatch.setattr(execution, "encode", small_memory)
+    for got, want in zip(scored(lm, POOL, "window", None, 3000), wanted):
+        assert_near(got, want, 1e-5)
+    assert max(sizes) > most
+
+
+def test_a_single_copy_that_does_not_fit_is_an_error(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(execution, "encode", no_memory)
+    with pytest.raises((torch.OutOfMemoryError, mlmfast.MLMFastError), match="memory"):
+        lms["bert"].score(POOL)
+
+
+def test_texts_planned_in_several_windows(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = lms["deberta"]
+    wanted = scored(lm, POOL, "original", None, 3000)
+    for rows in (1, 700, 2000):
+        monkeypatch.setattr(model_module, "WINDOW_TOKENS", rows)
+        for got, want in zip(scored(lm, POOL, "original", None, 3000), wanted):
+            assert_near(got, want, 1e-5)

@@ -1,0 +1,339 @@
+"""The benchmarks' machinery on toy shapes: what is counted, what is refused, what is printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typer.testing import CliRunner
+
+import mlmfast
+import mlmfast.cli
+from mlmfast.bench import app
+from mlmfast.bench.copies import savings
+from mlmfast.bench.peers import HuggingFaceEager
+from mlmfast.bench.pll import Bench, agreement, interleaved
+from mlmfast.bench.shapes import SHAPES
+from mlmfast.bench.work import Peak, useful_flops
+from mlmfast.errors import RequestError
+from mlmfast.masking import MaskPlan, TokenSequence, make_plan
+from mlmfast.packing import pack, unique_copies
+
+KEYS = ["shape", "length", "copies", "dtype", "backend", "peer"]
+KEYS += ["seconds", "peer_seconds", "ratio", "peak_share", "max_abs_diff"]
+PRODUCT = ((32, 32, 32),)
+
+
+@pytest.fixture(scope="module")
+def toys() -> dict[str, Bench]:
+    return {shape: Bench(shape, peer_batch=3) for shape in ("toy-deberta", "toy-roberta")}
+
+
+@pytest.fixture
+def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of the real size take a second each time."""
+    monkeypatch.setattr("mlmfast.bench.pll.Peak", lambda dtype, products: Peak(dtype, PRODUCT))
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["pll", *arguments])
+
+
+@pytest.mark.usefixtures("quick_peak")
+def test_json_rows_have_exactly_the_agreed_keys(tmp_path: Path) -> None:
+    output = tmp_path / "pll.json"
+    arguments = ["--shapes", "toy-deberta,toy-roberta", "--lengths", "9,24", "--copies", "12", "--pairs", "2"]
+    result = invoke(*arguments, "--threads", "1", "--json", "--output", str(output))
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [list(row) for row in rows] == [KEYS] * 4
+    assert [(row["shape"], row["length"]) for row in rows] == list(
+        itertools.product(("toy-deberta", "toy-roberta"), (9, 24))
+    )
+    for row in rows:
+        assert row["copies"] == 12
+        assert row["ratio"] == pytest.approx(row["peer_seconds"] / row["seconds"])
+        assert row["max_abs_diff"] < 1e-3
+        assert row["peak_share"] > 0
+    written = json.loads(output.read_text())
+    assert written["rows"] == rows
+    assert {"cpu", "threads", "torch", "transformers", "mlmfast", "commit", "settings"} <= set(written["header"])
+    assert len(written["details"][0]["seconds"]["all"]) == 2
+    assert {"q1", "median", "q3"} <= set(written["details"][0]["ratio"])
+
+
+@pytest.mark.usefixtures("quick_peak")
+def test_no_speed_where_the_two_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = HuggingFaceEager.logprobs
+
+    def wrong(self: HuggingFaceEager, plan: MaskPlan) -> np.ndarray:
+        found = honest(self, plan)
+        if len(plan.sequences[0]) == 9:
+            found[-1] += 0.01  # a single token
+        return found
+
+    monkeypatch.setattr(HuggingFaceEager, "logprobs", wrong)
+    arguments = ["--shapes", "toy-roberta", "--lengths", "9,10", "--copies", "7", "--pairs", "1"]
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 1
+    bad, good = (json.loads(line) for line in result.stdout.splitlines())
+    assert [bad[key] for key in ("seconds", "peer_seconds", "ratio", "peak_share")] == [None] * 4
+    assert bad["max_abs_diff"] == pytest.approx(0.01, rel=0.05)
+    assert good["ratio"] is not None
+    table = invoke(*arguments).stdout
+    assert "disagree" in table
+    assert table.count("x  ") == 1, table  # the other row's ratio alone
+
+
+def test_agreement_judges_each_dtype_by_its_bound() -> None:
+    theirs = np.array([-0.5, -20.0], np.float32)
+    assert agreement(theirs + np.float32([5e-5, 1e-3]), theirs).holds
+    assert not agreement(theirs + np.float32([2e-4, 0]), theirs).holds  # likely tokens have the absolute bound
+    assert not agreement(theirs * np.float32(np.nan), theirs).holds
+    truth = theirs + np.float32([0.01, 0])
+    assert agreement(truth + np.float32([0.0, 0.02]), theirs, truth).holds  # twice the peer's own error
+    assert not agreement(truth + np.float32([0.0, 0.03]), theirs, truth).holds
+
+
+def test_weights_are_wide_enough_for_a_missing_term_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench("toy-deberta")
+    texts = bench.texts(12, 10)
+    assert bench.agreement(texts).holds
+    spec = bench.lm.spec()
+    for table in ("pos_key", "pos_query"):
+        layers = [type(layer)(**(vars(layer) | {table: None})) for layer in spec.layers]
+        maimed = type(spec)(**(vars(spec) | {"layers": layers}))
+        monkeypatch.setattr(bench.lm, "spec", lambda maimed=maimed: maimed)
+        verdict = bench.agreement(texts)
+        assert verdict.error > 5 * verdict.bound
+
+
+def test_bfloat16_is_judged_against_float32() -> None:
+    bench = Bench("toy-roberta", dtype="bfloat16")
+    verdict = bench.agreement(bench.texts(12, 10))
+    assert verdict.holds
+    assert verdict.bound > 1e-3
+
+
+@pytest.mark.parametrize("shape", ["toy-deberta", "toy-roberta"])
+@pytest.mark.parametrize(("length", "copies"), [(24, 64), (64, 5), (12, 10)])
+def test_texts_ask_for_the_copies_wanted(toys: dict[str, Bench], shape: str, length: int, copies: int) -> None:
+    plan = toys[shape].plan(toys[shape].texts(length, copies))
+    assert plan.copies == unique_copies(plan) == len(plan.targets) == copies
+    assert {len(sequence) for sequence in plan.sequences} == {length}
+    assert len(plan.sequences) == -(-copies // (length - 2))
+    special = set(toys[shape].tokenizer.all_special_ids)
+    assert all(not special & set(sequence[1:-1].tolist()) for sequence in plan.sequences)
+
+
+def test_impossible_requests_are_refused(toys: dict[str, Bench]) -> None:
+    with pytest.raises(RequestError, match="only 1 different"):
+        toys["toy-roberta"].texts(3, 4)
+    with pytest.raises(RequestError, match="between 3 and the 64"):
+        toys["toy-roberta"].texts(65, 4)
+    for arguments in (
+        ["--shapes", "gpt"],
+        ["--lengths", "x"],
+        ["--dtype", "int8"],
+        ["--shapes", "toy-roberta", "--lengths", "9", "--against", "nobody"],
+    ):
+        assert invoke(*arguments).exit_code == 2
+
+
+def test_peer_pads_unequal_texts(toys: dict[str, Bench]) -> None:
+    bench = toys["toy-deberta"]
+    texts = [*bench.shape.texts(20, 4), *bench.shape.texts(7, 5, seed=1)]
+    together = bench.theirs(texts)
+    alone = [bench.theirs([text]) for text in texts]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
+    assert bench.agreement(texts).holds
+
+
+def test_interleaved_rounds_turn_round() -> None:
+    order: list[str] = []
+    times = interleaved([lambda: order.append("a"), lambda: order.append("b")], 3, between=lambda: order.append("|"))
+    assert "".join(order) == "|ab|ba|ab"
+    assert [len(side) for side in times] == [3, 3]
+
+
+def test_flops_of_roberta_by_hand(toys: dict[str, Bench]) -> None:
+    bench, d, f, vocabulary, length, copies = toys["toy-roberta"], 32, 64, 300, 10, 6
+    rows = length * copies
+    first_layer = rows * (4 * d * d + 2 * d * f) + copies * 2 * length * length * d
+    # The last one: keys and values of all rows; query, output, feed-forward and attention of one row a copy.
+    last_layer = rows * 2 * d * d + copies * (2 * d * d + 2 * d * f) + copies * 2 * length * d
+    head = copies * (d * d + d * vocabulary)
+    assert bench.flops(bench.texts(length, copies)) == 2 * (first_layer + last_layer + head)
+
+
+def test_position_terms_by_brute_force(toys: dict[str, Bench]) -> None:
+    bench = toys["toy-deberta"]
+    spec, length = bench.lm.spec(), 40  # well past the 8 exact distances of 16 buckets
+    assert spec.buckets is not None
+    plan = bench.plan(bench.shape.texts(length, 3))
+    table, longest = spec.buckets.tolist(), len(spec.buckets) // 2
+
+    def pairs(queries: list[int]) -> int:
+        row = lambda i, j: table[min(max(i - j, -longest), longest) + longest]  # noqa: E731
+        content_to_position = {(i, row(i, j)) for i in queries for j in range(length)}
+        position_to_content = {(j, row(i, j)) for i in queries for j in range(length)}
+        return len(content_to_position) + len(position_to_content)
+
+    plain = type(spec)(**(vars(spec) | {"buckets": None}))
+    batches = pack(plan, 8192)
+    terms = useful_flops(spec, batches) - useful_flops(plain, batches)
+    expected = 3 * pairs(list(range(length))) + sum(pairs([int(p)]) for p in plan.score_positions)
+    assert terms == 2 * 32 * expected
+    assert pairs(list(range(length))) < 2 * length * length  # far distances share rows
+
+
+def test_peak_is_the_best_of_its_samples() -> None:
+    peak = Peak(torch.float32, PRODUCT)
+    first = peak.sample()
+    assert first > 0
+    assert peak.source.endswith("linear 32x32x32")
+    assert peak.sample() >= first
+
+
+# ---- copies saved, and BLiMP's accounts
+
+
+@pytest.fixture(scope="module")
+def blimp() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "blimp.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_blimp", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def brute_force(lm: Any, texts: list[str], spans: list[tuple[int, int]] | None, metric: str) -> set[tuple[int, ...]]:
+    """The masked versions of some texts, by rules written out anew."""
+    seen: set[tuple[int, ...]] = set()
+    for i, text in enumerate(texts):
+        encoding = lm.tokenizer(text, return_offsets_mapping=True)
+        ids, words = encoding["input_ids"], encoding.word_ids()
+        for t, (start, end) in enumerate(encoding["offset_mapping"]):
+            inside = spans is None or (end > spans[i][0] and start < spans[i][1])
+            if words[t] is None or not inside:
+                continue
+            reach = {
+                "original": {t},
+                "within_word_l2r": {u for u in range(t, len(ids)) if words[u] == words[t]},
+                "window": {t, t + 1, t + 2},
+                "global_l2r": set(range(t, len(ids))),
+            }[metric]
+            seen.add(
+                tuple(
+                    lm.tokenizer.mask_token_id if u in reach and words[u] is not None else token
+                    for u, token in enumerate(ids)
+                )
+            )
+    return seen
+
+
+def test_copies_counted_equal_brute_force(
+    blimp: ModuleType, bert_model: PreTrainedModel, bert_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    lm = mlmfast.load(bert_model, bert_tokenizer)
+    pairs = [
+        {"sentence_good": good, "sentence_bad": bad}
+        for good, bad in (
+            ("The cat watches every dogs.", "The cat follow every dogs."),  # one word differs
+            ("No sparrows follow a pianist!", "A sparrows follow no pianist!"),
+            ("Some children repaint the lighthouse.", "Some children repaint the lighthouse."),  # nothing
+            ("The gardener remembers.", "Every quiet grandmother has forgotten the yellow cat."),
+        )
+    ]
+    rows = blimp.count_copies(lm, pairs)
+    assert len(rows) == 12
+    for metric in blimp.METRICS_COUNTED:
+        mine = {row["requests"]: row for row in rows if row["metric"] == metric}
+        expected = [brute_force(lm, list(pair.values()), None, metric) for pair in pairs]
+        assert mine["BLiMP pairs"]["unique"] == sum(len(copies) for copies in expected)
+        ranked = [row for kind, row in mine.items() if kind != "BLiMP pairs"]
+        assert sum(row["count"] for row in ranked) == 2 * len(blimp.QUESTIONS)
+        questions = [
+            brute_force(lm, [prompt + o for o in options], [(len(prompt), len(prompt + o)) for o in options], metric)
+            for prompt, words, phrases in blimp.QUESTIONS
+            for options in (words, phrases)
+        ]
+        assert sum(row["unique"] for row in ranked) == sum(len(copies) for copies in questions)
+
+
+def test_single_token_options_share_one_copy() -> None:
+    def option(token: int) -> TokenSequence:
+        ids = np.array([1, 5, 6, token, 2])
+        return TokenSequence(ids, ids < 5, ids == token)
+
+    plan = make_plan([option(token) for token in (10, 11, 12, 13)], 4)
+    saved = savings([plan, plan])
+    assert (saved.requests, saved.requested, saved.unique) == (2, 8, 2)
+    assert saved.share == 0.75
+    assert savings([]).share == 0
+
+
+def test_questions_are_questions(blimp: ModuleType) -> None:
+    assert len(blimp.QUESTIONS) == 20
+    for prompt, words, phrases in blimp.QUESTIONS:
+        assert len(words) == len(phrases) == len(set(words)) == len(set(phrases)) == 4, prompt
+        assert all(option[0] == " " for option in [*words, *phrases])
+        assert all(" " not in word[1:] for word in words)
+        assert all(" " in phrase[1:] for phrase in phrases)
+
+
+def test_ties_and_errors_count_as_wrong(blimp: ModuleType) -> None:
+    pairs = [{"UID": uid, "field": field} for uid, field in [("a", "x")] * 4 + [("b", "x")] * 2 + [("c", "y")]]
+    verdict = blimp.judge(pairs, [-1, -2, -3, None, -1, -1, -5], [-2, -2, -1, -9, -2, -3, -4])
+    assert verdict["paradigms"]["a"] == {
+        "field": "x", "pairs": 4, "right": 1, "ties": 1, "errors": 1, "accuracy": 0.25
+    }  # fmt: skip
+    assert verdict["fields"] == {"x": 0.625, "y": 0.0}
+    assert verdict["mean"] == pytest.approx((0.25 + 1 + 0) / 3)
+    assert (verdict["pairs"], verdict["ties"], verdict["errors"]) == (7, 1, 1)
+    with pytest.raises(ValueError, match="7 pairs"):
+        blimp.judge(pairs, [1], [2])
+
+
+def test_blimp_goes_through_the_command_line(
+    blimp: ModuleType, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    texts = checkpoints.sentences(8)
+    lines = [
+        json.dumps({"UID": f"paradigm_{i % 2}", "field": "syntax", "sentence_good": good, "sentence_bad": bad})
+        for i, (good, bad) in enumerate(zip(texts[:4], texts[4:]))
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(lines))
+    arguments = ["--data", str(data), "--model", str(bert_folder), "--pairs", "1", "--output", str(tmp_path / "result")]
+    monkeypatch.setattr("sys.argv", ["blimp.py", *arguments])
+
+    # The same commands without new processes, whose imports take seconds.
+    monkeypatch.setattr(blimp, "run_cli", lambda command: CliRunner().invoke(mlmfast.cli.app, command).exit_code)
+    blimp.main()
+    assert "mean accuracy" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    lm = mlmfast.load(bert_folder)
+    expected = [lm.score([good])[0].total > lm.score([bad])[0].total for good, bad in zip(texts[:2], texts[4:6])]
+    assert [t["right"] for t in result["blimp"]["paradigms"].values()] == expected
+    assert result["run"]["rows"] == 4
+    assert "paradigm_1" in (tmp_path / "result.md").read_text()
+
+
+def test_shapes_are_the_published_ones() -> None:
+    """Parameters of the published checkpoints' masked-LM models, counted without allocating them."""
+    for name, millions in (("deberta-v3-base", 184.4), ("roberta-base", 124.7)):
+        with torch.device("meta"):
+            model = SHAPES[name].model_class(SHAPES[name].config_class(**SHAPES[name].settings))
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=2e-3)
