@@ -50,9 +50,11 @@ class Backend:
         """Why this backend cannot serve an op on a device; None if it can."""
         if self.devices is not None and device not in self.devices:
             return f"{self.name} does not run on {device}"
-        if importlib.util.find_spec(f"{self.package}.{op}") is None:
-            return f"{self.name} has no {op} in this version"
-        return None
+        try:
+            found = importlib.util.find_spec(f"{self.package}.{op}")
+        except ModuleNotFoundError:  # a checkout's ./mlmfast before an installed one, without an editable install
+            return f"{self.name}'s package {self.package} is not importable here (in a checkout: pip install -e .)"
+        return None if found is not None else f"{self.name} has no {op} in this version"
 
 
 # Fastest first. The reference takes everything, so that a choice always exists.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from mlmfast.architectures import family_module
-from mlmfast.errors import CheckpointError, RequestError, UnsupportedModelError
+from mlmfast.errors import CheckpointError, MLMFastError, RequestError, UnsupportedModelError
 from mlmfast.model import MaskedLM
 
 SEMANTICS = ("trained", "upstream")
@@ -56,8 +57,10 @@ def load(
 
     Args:
         model: ``"tiny"`` (bundled), a folder, a Hub name, or a live Hugging Face ``...ForMaskedLM``, whose weights are
-            shared, not copied: scoring after a training step uses the new ones.
-        tokenizer: a transformers tokenizer; needed beside a live model, otherwise the checkpoint's own is loaded.
+            shared, not copied: scoring after a training step uses the new ones (after writing through
+            ``parameter.data``, call :meth:`MaskedLM.refresh`).
+        tokenizer: a transformers tokenizer, or a name or folder to load one from; needed beside a live model,
+            otherwise the checkpoint's own is loaded.
         semantics: ``"trained"``, the model as it was trained, or ``"upstream"``, exactly what transformers computes
             (they differ for DeBERTa beyond its trained length or with its enhanced mask decoder). None: trained for
             names and folders, upstream for live models.
@@ -75,6 +78,8 @@ def load(
         BackendError: ``backend`` is not known or cannot serve here.
     """
     live = not isinstance(model, (str, os.PathLike))
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = load_tokenizer(os.fspath(tokenizer), {"trust_remote_code": False})
     if semantics is None:
         semantics = "upstream" if live else "trained"
     if semantics not in SEMANTICS:
@@ -84,9 +89,9 @@ def load(
         return MaskedLM(
             model, tokenizer, name=name, semantics=semantics, extras={}, backend=backend, batch_tokens=batch_tokens
         )
-    name = os.path.expanduser(os.fspath(model))  # a Path would make "./tiny" the bundled "tiny"
+    name = os.path.expanduser(os.fspath(model))
     place = _device(device)
-    source = str(Path(__file__).with_name("tiny")) if name == "tiny" else name
+    source = str(Path(__file__).with_name("tiny")) if model == "tiny" else name  # Path("tiny") is a folder
     loaded = load_checkpoint(
         source,
         semantics=semantics,
@@ -154,8 +159,8 @@ def load_checkpoint(
         options["revision"] = revision
     with quiet_transformers():
         config, family = _config(name, options)
-        files = weight_files(name, revision)
         try:
+            files = weight_files(name, revision)
             keys = {key for file in files for key in tensor_names(file)}
             if hasattr(family, "prepare_config"):
                 family.prepare_config(config, keys, semantics)
@@ -169,7 +174,18 @@ def load_checkpoint(
                 f"{name}: its .bin file holds more than tensors, and torch's restricted loader refuses it; "
                 "ask for safetensors weights, or convert the file where you trust it"
             ) from error
-        except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+        except MLMFastError:
+            raise
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
             raise CheckpointError(f"{name}: its weights cannot be read: {error}") from error
         if tokenizer is None:
             tokenizer = load_tokenizer(name, options)
@@ -204,7 +220,12 @@ def check_live(model: Any, tokenizer: Any, dtype: torch.dtype | None, device: st
     config: Any = model.config
     name = getattr(config, "name_or_path", "") or type(model).__name__
     family_module(config.model_type, name)
-    expected: Any = AutoModelForMaskedLM._model_mapping[type(config)]
+    expected: Any = AutoModelForMaskedLM._model_mapping.get(type(config), None)
+    if expected is None:
+        raise UnsupportedModelError(
+            f"{name}: its config is a {type(config).__name__}, which is not transformers' own; its code may compute "
+            "something else. Load the checkpoint by name or folder instead"
+        )
     if not isinstance(model, expected):
         raise CheckpointError(f"{name} is a {type(model).__name__}; a {expected.__name__} is needed to predict tokens")
     if tokenizer is None:
@@ -212,7 +233,7 @@ def check_live(model: Any, tokenizer: Any, dtype: torch.dtype | None, device: st
     own = next(model.parameters())
     if dtype is not None and dtype != own.dtype:
         raise RequestError(f"a live model keeps its dtype ({own.dtype}); convert it yourself: model.to({dtype})")
-    if device != "auto" and torch.device(device).type != own.device.type:
+    if device != "auto" and _device(device) not in (own.device, torch.device(own.device.type)):
         raise RequestError(f"a live model stays on its device ({own.device}); move it yourself: model.to({device!r})")
     check_finite(name, dict(model.named_parameters()))
     return name
@@ -247,9 +268,9 @@ def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # tokenizers raise anything from OSError to a bare Exception
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {error}") from error
-    # Without tokenizer files transformers makes one up that knows its special tokens and hardly a word.
-    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
-    if not any(len(word) > 1 for word in words):
+    # Without tokenizer files transformers makes one up that knows its special tokens and at most a word boundary.
+    pieces = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not any(re.search(r"\w", piece) and not re.match(r"[<\[].+[>\]]", piece) for piece in pieces):
         raise CheckpointError(
             f"{name}: its tokenizer has no vocabulary, so every word would be unknown; save the tokenizer beside the "
             "model, or pass load(model, tokenizer)"

@@ -46,7 +46,7 @@ Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a
 Semantics = Annotated[
     str, typer.Option(help="trained (as the model was trained) or upstream (what transformers computes); DeBERTa only.")
 ]
-DType = Annotated[str, typer.Option(help="auto (float32), float32, bfloat16 or float16.")]
+DType = Annotated[str, typer.Option(help="auto (float32), float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Backend = Annotated[str, typer.Option(help="auto, or one that `mlmfast doctor` lists.")]
 BatchTokens = Annotated[int | None, typer.Option(min=1, help="Tokens in one pass: bounds memory.")]

@@ -1,8 +1,13 @@
-"""Plan -> values at its targets: batches through the encoder and a vocabulary op, smaller ones if memory runs out."""
+"""Sequences or a plan -> values at their targets: batches through the encoder and a vocabulary op.
+
+Memory is bounded on both ends: copies are planned a window at a time, and a batch that does not fit is halved.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,15 +16,18 @@ from torch import Tensor
 
 from mlmfast.architectures.spec import EncoderSpec, Head
 from mlmfast.encoder import encode, predict
-from mlmfast.masking import MaskPlan
+from mlmfast.masking import MaskPlan, TokenSequence, copies_of, make_plan, parted
 from mlmfast.ops.vocab_logprob import vocab_logprob
 from mlmfast.ops.vocab_rows import vocab_rows
 from mlmfast.ops.vocab_topk import vocab_topk
 from mlmfast.packing import PackedBatch, halves, pack
+from mlmfast.reference import accumulation
 
 # What is read at the scored rows: head, its hidden states [R, e], batch -> arrays with a row a target, [N, ...].
 Reader = Callable[[Head, Tensor, PackedBatch], dict[str, Tensor]]
 
+# Rows of copies planned at once. Identical copies are found within such a window of sequences.
+WINDOW_TOKENS = 1 << 21
 # Rows of whole distributions computed at once.
 CHUNK = 64
 
@@ -52,16 +60,78 @@ def read_best(top_k: int, temperature: float = 1.0) -> Reader:
 
 
 def read_rows(temperature: float = 1.0) -> Reader:
-    """Reads whole distributions, ``logprobs [N, V]``: here they are the result, so they are held once, on the CPU."""
+    """Reads whole distributions, ``logprobs [N, V]``: here they are the result, so they are held, on the CPU."""
 
     def read(head: Head, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-        whole = [
-            vocab_rows(hidden[start : start + CHUNK], head.vocabulary, head.bias, temperature).cpu()
-            for start in range(0, len(hidden), CHUNK)
-        ]
-        return {"logprobs": torch.cat(whole)[batch.target_rows.cpu()]}
+        whole = torch.empty(len(batch.targets), len(head.vocabulary), dtype=accumulation(hidden.dtype))
+        for start in range(0, len(batch.targets), CHUNK):
+            rows = hidden[batch.target_rows[start : start + CHUNK]]
+            whole[start : start + CHUNK] = vocab_rows(rows, head.vocabulary, head.bias, temperature)
+        return {"logprobs": whole}
 
     return read
+
+
+def compute(
+    spec: EncoderSpec,
+    sequences: Sequence[TokenSequence],
+    mask_token_id: int,
+    masking: dict[str, Any],
+    read: Reader,
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    advance: Callable[[float], Any],
+) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
+    """Plans and computes sequences, a window of copies at a time.
+
+    Args:
+        spec, read, device, batch_tokens: as in :func:`run`.
+        sequences: what to score.
+        mask_token_id, masking: of :func:`mlmfast.masking.make_plan`.
+        advance: told how many sequences have been computed since it was told last, in fractions.
+
+    Yields:
+        Each sequence's place in the order given, its scored positions int64 ``[n]``, and what was read there.
+    """
+    # A long sequence is computed in parts, so that a window stays bounded.
+    parts = [(i, part) for i, s in enumerate(sequences) for part in parted(s, masking["metric"], WINDOW_TOKENS)]
+    awaited = Counter(i for i, _ in parts)
+    found: list[dict[str, np.ndarray]] = []
+    for window in _windows(parts, masking):
+        plan = make_plan([part for _, part in window], mask_token_id, **masking)
+        share = sum(1 / awaited[i] for i, _ in window)
+        step = partial(_scaled, advance, share)
+        values = run(spec, plan, read, device=device, batch_tokens=batch_tokens, advance=step)
+        values["positions"] = plan.score_positions
+        for place, (i, _) in enumerate(window):
+            mine = slice(plan.score_offsets[place], plan.score_offsets[place + 1])
+            found.append({name: array[mine] for name, array in values.items()})
+            if len(found) == awaited[i]:  # the parts of a sequence are neighbours
+                own = {name: np.concatenate([part[name] for part in found]) for name in values}
+                found = []
+                yield i, own.pop("positions"), own
+
+
+def _scaled(advance: Callable[[float], Any], factor: float, share: float) -> None:
+    advance(factor * share)
+
+
+def _windows(
+    parts: Sequence[tuple[int, TokenSequence]], masking: dict[str, Any]
+) -> Iterator[list[tuple[int, TokenSequence]]]:
+    """Sequences in groups whose copies together stay within :data:`WINDOW_TOKENS` rows, or single ones beyond it."""
+    window: list[tuple[int, TokenSequence]] = []
+    rows = 0
+    for i, part in parts:
+        own = len(part) * copies_of(part, masking["metric"], masking.get("stride", 8))
+        if window and rows + own > WINDOW_TOKENS:
+            yield window
+            window, rows = [], 0
+        window.append((i, part))
+        rows += own
+    if window:
+        yield window
 
 
 def run(

@@ -19,7 +19,7 @@ Special tokens are never masked and never scored, wherever a metric reaches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -97,6 +97,9 @@ def check_metric(metric: str, window: int = 3, stride: int = 8) -> None:
     """Refuses an unknown metric or an impossible setting of one with a :class:`RequestError`."""
     if metric not in METRICS:
         raise RequestError(f"metric {metric!r} is not known; choose one of {', '.join(METRICS)}")
+    for name, value in (("window", window), ("stride", stride)):
+        if not isinstance(value, (int, np.integer)):
+            raise RequestError(f"{name}={value!r} is not a whole number")
     if metric == "window" and window < 1:
         raise RequestError(f"window={window} masks nothing; it counts the scored position too, so 1 is the least")
     if metric == "strided" and stride < 1:
@@ -195,6 +198,29 @@ def make_plan(
         score_positions=_joined(score_positions),
         targets=_joined(targets),
     )
+
+
+def copies_of(sequence: TokenSequence, metric: str, stride: int = 8) -> int:
+    """How many copies a metric makes of a sequence."""
+    scored = int((sequence.scored & ~sequence.special).sum())
+    return min(scored, {"unmasked": 1, "strided": stride}.get(metric, scored))
+
+
+def parted(sequence: TokenSequence, metric: str, rows: int) -> list[TokenSequence]:
+    """A long sequence as several requests for some of its tokens each, so that the copies of one have ``rows`` rows.
+
+    The copies are those of the whole request, so only metrics with a copy for each token are parted.
+    """
+    each = max(1, rows // max(1, len(sequence)))
+    positions = np.flatnonzero(sequence.scored)
+    if metric in ("unmasked", "strided") or len(positions) <= each:
+        return [sequence]
+    parts = []
+    for start in range(0, len(positions), each):
+        scored = np.zeros(len(sequence), bool)
+        scored[positions[start : start + each]] = True
+        parts.append(replace(sequence, scored=scored))
+    return parts
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import contextmanager
 from typing import Any, cast, overload
 
 import numpy as np
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from mlmfast import architectures, backends
 from mlmfast.architectures.spec import Derived, EncoderSpec
 from mlmfast.errors import MLMFastError, RequestError, TextError
-from mlmfast.execution import Reader, read_best, read_logprobs, read_rows, run
+from mlmfast.execution import Reader, compute, read_best, read_logprobs, read_rows, run
 from mlmfast.masking import MaskPlan, check_metric, make_plan
 from mlmfast.results import Distribution, Fill, Ranking, Score
 from mlmfast.tokenization import EncodedText, TextEncoder
@@ -23,8 +23,6 @@ NORMALIZATIONS = (None, "tokens", "unconditional")
 
 # Rows that a batch may hold unless told otherwise: enough for full speed, little enough for a laptop's memory.
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
-# Rows of copies planned at once. Identical copies are found within such a window of texts, and memory stays bounded.
-WINDOW_TOKENS = 1 << 21
 
 
 class MaskedLM:
@@ -64,10 +62,7 @@ class MaskedLM:
             raise RequestError(f"batch_tokens={batch_tokens} holds no row; 1 is the least")
         with backends.forced(self._backend):
             backends.report(self.device.type)  # a forced backend that cannot serve says so now
-        spec = self.spec()
-        self.max_length: int | None = spec.max_length
-        self.vocab_size: int = len(spec.embedding.words)
-        self._texts = TextEncoder(tokenizer, name, self.max_length, self.vocab_size)
+        self._encoder(self.spec())  # a model or tokenizer that cannot serve says so now, too
 
     @property
     def config(self) -> Any:
@@ -83,6 +78,20 @@ class MaskedLM:
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return next(self.model.parameters()).dtype
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence the model holds, special tokens included; None where only memory limits it."""
+        return self.spec().max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return len(self.spec().embedding.words)
+
+    def refresh(self) -> None:
+        """Forgets what was computed from the weights. Only needed after they were written through ``.data``."""
+        self._derived.clear()
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -162,6 +171,8 @@ class MaskedLM:
             pairs: ``(prefix, continuation)``.
             options: as in :meth:`score`, but ``spans``.
         """
+        if "spans" in options:
+            raise RequestError("score_continuations() sets the spans itself; with your own, call score()")
         pairs = _listed(pairs, "pairs")
         for i, pair in enumerate(pairs):
             parts = pair if isinstance(pair, (tuple, list)) else ()
@@ -190,10 +201,11 @@ class MaskedLM:
                 ``"unconditional"`` subtracts its PLL after ``unconditional_prompt`` (GPT-3's correction for options
                 that are likely anyway).
             unconditional_prompt: such as ``"Answer:"``.
-            scoring: further arguments of :meth:`score`.
+            scoring: further arguments of :meth:`score`. ``truncation="left"`` shortens the prompt; ``"right"`` would
+                cut the options and is refused.
 
         Raises:
-            RequestError: no options, or an unknown ``normalize``.
+            RequestError: no options, an unknown ``normalize``, or arguments that do not apply.
             TextError: an option cannot be scored; its index is the option's.
         """
         options = _listed(options, "options")
@@ -203,6 +215,10 @@ class MaskedLM:
             raise RequestError(f"normalize={normalize!r} is not known; choose None, 'tokens' or 'unconditional'")
         if scoring.get("on_error", "raise") != "raise":
             raise RequestError("rank() compares all options or none; on_error='return' does not apply")
+        if scoring.get("truncation") == "right":
+            raise RequestError(
+                "truncation='right' would cut the options, and what is cut cannot be compared; pass truncation='left'"
+            )
         scores = self.score_continuations([(prompt, option) for option in options], metric=metric, **scoring)
         values = np.array([score.total for score in scores])
         if normalize == "tokens":
@@ -315,12 +331,13 @@ class MaskedLM:
         Raises:
             RequestError, TextError: as :meth:`score` does.
         """
-        encoded = self._texts.encode(_listed(texts, "texts"), spans, truncation)
+        encoder = self._encoder(self.spec())
+        encoded = encoder.encode(_listed(texts, "texts"), spans, truncation)
         for one in encoded:
             if isinstance(one, TextError):
                 raise one
         sequences = [cast(EncodedText, one).sequence for one in encoded]
-        return make_plan(sequences, self._texts.mask_token_id, metric, window=window, stride=stride)
+        return make_plan(sequences, encoder.mask_token_id, metric, window=window, stride=stride)
 
     def logprobs(self, plan: MaskPlan, *, temperature: float = 1.0) -> np.ndarray:
         """Log-probabilities of a plan's targets, for callers who make their own plans.
@@ -333,7 +350,7 @@ class MaskedLM:
             float32 ``[N]`` in nats, in the plan's order.
         """
         _check_temperature(temperature)
-        with torch.inference_mode(), backends.forced(self._backend):
+        with self._computing():
             values = run(
                 self.spec(), plan, read_logprobs(temperature), device=self.device, batch_tokens=self.batch_tokens
             )
@@ -359,7 +376,9 @@ class MaskedLM:
         check_metric(**masking)
         if on_error not in ("raise", "return"):
             raise RequestError(f"on_error={on_error!r} is not known; choose 'raise' or 'return'")
-        encoded = self._texts.encode(texts, spans, truncation, scores_masks=scores_masks)
+        spec = self.spec()
+        encoder = self._encoder(spec)
+        encoded = encoder.encode(texts, spans, truncation, scores_masks=scores_masks)
         results: list[Any] = list(encoded)
         good: list[int] = []
         for i, one in enumerate(encoded):
@@ -376,23 +395,37 @@ class MaskedLM:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",
             leave=bool(progress),
         )
-        with bar, torch.inference_mode(), backends.forced(self._backend):
-            spec = self.spec()
-            for members in _windows(good, encoded):
-                sequences = [cast(EncodedText, encoded[i]).sequence for i in members]
-                plan = make_plan(sequences, self._texts.mask_token_id, **masking)
-                advance = partial(_advance, bar, len(members))
-                values = run(spec, plan, read, device=self.device, batch_tokens=self.batch_tokens, advance=advance)
-                for place, i in enumerate(members):
-                    mine = slice(plan.score_offsets[place], plan.score_offsets[place + 1])
-                    own = {name: array[mine] for name, array in values.items()}
-                    if np.isfinite(own["logprobs"]).all():
-                        results[i] = make(cast(EncodedText, encoded[i]), plan.score_positions[mine], own)
-                    else:
-                        results[i] = TextError(i, self._not_finite())
-                        if on_error == "raise":
-                            raise results[i]
+        sequences = [cast(EncodedText, encoded[i]).sequence for i in good]
+        with bar, self._computing():
+            computed = compute(
+                spec,
+                sequences,
+                encoder.mask_token_id,
+                masking,
+                read,
+                device=self.device,
+                batch_tokens=self.batch_tokens,
+                advance=bar.update,
+            )
+            for place, positions, values in computed:
+                i = good[place]
+                if np.isfinite(values["logprobs"]).all():
+                    results[i] = make(cast(EncodedText, encoded[i]), positions, values)
+                else:
+                    results[i] = TextError(i, self._not_finite())
+                    if on_error == "raise":
+                        raise results[i]
         return results
+
+    def _encoder(self, spec: EncoderSpec) -> TextEncoder:
+        """The tokenizer with the limits of the model as it is now: a live one may have grown new tokens."""
+        return TextEncoder(self.tokenizer, self.name, spec.max_length, len(spec.embedding.words))
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Exact inference on the chosen backend, whatever surrounds the call: an autocast would narrow float32."""
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), backends.forced(self._backend):
+            yield
 
     def _pieces(self, ids: np.ndarray) -> list[str]:
         """The tokenizer's pieces; a row of the vocabulary that it has no piece for is named by its id."""
@@ -401,33 +434,13 @@ class MaskedLM:
 
     def _not_finite(self) -> str:
         return (
-            f"gets NaN or infinite log-probabilities from {self.name} in {self.dtype}: either its weights have become "
-            'NaN, or they overflow in this dtype (try dtype="float32")'
+            f"gets NaN or infinite log-probabilities from {self.name}: its weights have become NaN, or numbers "
+            f"overflow in {self.dtype} (a wider dtype, or a temperature closer to 1, may help)"
         )
 
     def _check_top_k(self, top_k: int | None) -> None:
         if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise RequestError(f"top_k={top_k} is not between 1 and the vocabulary's {self.vocab_size}")
-
-
-def _advance(bar: Any, texts: int, share: float) -> None:
-    bar.update(share * texts)
-
-
-def _windows(good: list[int], encoded: Sequence[EncodedText | TextError]) -> Iterator[list[int]]:
-    """Texts in groups whose copies together stay within :data:`WINDOW_TOKENS` rows, or single ones beyond it."""
-    window: list[int] = []
-    rows = 0
-    for i in good:
-        sequence = cast(EncodedText, encoded[i]).sequence
-        own = len(sequence) * int(sequence.scored.sum())
-        if window and rows + own > WINDOW_TOKENS:
-            yield window
-            window, rows = [], 0
-        window.append(i)
-        rows += own
-    if window:
-        yield window
 
 
 def _listed(items: Any, what: str) -> list[Any]:
@@ -437,5 +450,5 @@ def _listed(items: Any, what: str) -> list[Any]:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise RequestError(f"temperature={temperature} must be above 0")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        raise RequestError(f"temperature={temperature!r} is not a number above 0")

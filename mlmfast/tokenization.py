@@ -191,6 +191,8 @@ def _check_spans(spans: Sequence[Any], texts: int) -> None:
         whole = [isinstance(bound, (int, np.integer)) for bound in bounds]
         if whole != [True, True] and not (whole == [True, False] and bounds[1] is None):
             raise RequestError(f"span {i} is {span!r}; it should be (start, end) in characters, or None for the text")
+        if bounds[0] < 0:
+            raise RequestError(f"span {i} is {span!r}; characters are counted from 0, not from the end")
 
 
 def _fault(text: object) -> str | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batches import NAMES, POOL, budgets, metrics, spans, texts
-from checkpoints import sentences
+from checkpoints import TEXTS, long_text, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,8 +17,7 @@ from truth import assert_near
 
 import mlmfast
 from mlmfast import encoder, execution
-from mlmfast import model as model_module
-from mlmfast.masking import MaskPlan
+from mlmfast.masking import METRICS, MaskPlan
 from mlmfast.model import MaskedLM
 from mlmfast.packing import PackedBatch, pack
 
@@ -214,6 +213,21 @@ def test_texts_planned_in_several_windows(lms: dict[str, MaskedLM], monkeypatch:
     lm = lms["deberta"]
     wanted = scored(lm, POOL, "original", None, 3000)
     for rows in (1, 700, 2000):
-        monkeypatch.setattr(model_module, "WINDOW_TOKENS", rows)
+        monkeypatch.setattr(execution, "WINDOW_TOKENS", rows)
         for got, want in zip(scored(lm, POOL, "original", None, 3000), wanted):
             assert_near(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_long_text_is_computed_in_parts(
+    lms: dict[str, MaskedLM], metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["deberta"]
+    texts = [long_text(lm.tokenizer, 40), TEXTS[0], long_text(lm.tokenizer, 25, seed=1)]
+    whole = lm.score(texts, metric=metric, ranks=True)
+    monkeypatch.setattr(execution, "WINDOW_TOKENS", 100)
+    parts = lm.score(texts, metric=metric, ranks=True)
+    for one, other in zip(whole, parts):
+        assert one.tokens == other.tokens and one.offsets == other.offsets
+        assert_near(other.logprobs, one.logprobs, 1e-5)
+        assert (one.ranks == other.ranks).all()

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from mlmfast.architectures import activation, require
-from mlmfast.architectures.spec import Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm
+from mlmfast.architectures.spec import Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm, table
 
 
 def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
     """The spec of a ``BertForMaskedLM``; both semantics are the same."""
     config = model.config
     predictions = model.cls.predictions
+    decoder = Linear.of(predictions.decoder)
     return EncoderSpec(
         family=config.model_type,
         embedding=embedding(model.bert.embeddings),
@@ -22,8 +23,8 @@ def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: st
             dense=Linear.of(predictions.transform.dense),
             activation=activation(config.hidden_act, "hidden_act", config.model_type),
             norm=Norm.of(predictions.transform.LayerNorm),
-            vocabulary=predictions.decoder.weight,
-            bias=predictions.decoder.bias,
+            vocabulary=decoder.weight,
+            bias=decoder.bias,
         ),
         heads=config.num_attention_heads,
         scale=(config.hidden_size // config.num_attention_heads) ** -0.5,
@@ -35,10 +36,10 @@ def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: st
 def embedding(module: Any, first_position: int = 0, padding_id: int | None = None) -> Embedding:
     """Embeddings laid out as BERT's, which RoBERTa shares."""
     return Embedding(
-        words=module.word_embeddings.weight,
+        words=table(module.word_embeddings),
         norm=Norm.of(module.LayerNorm),
-        positions=module.position_embeddings.weight,
-        types=module.token_type_embeddings.weight,
+        positions=table(module.position_embeddings),
+        types=table(module.token_type_embeddings),
         first_position=first_position,
         padding_id=padding_id,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from mlmfast.architectures import activation, require
-from mlmfast.architectures.spec import Convolution, Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm
+from mlmfast.architectures.spec import Convolution, Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm, table
 
 # Absolute positions that only the enhanced mask decoder reads; transformers drops them when it loads.
 MASK_DECODER = "deberta.embeddings.position_embeddings.weight"
@@ -91,10 +91,10 @@ def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: st
 def _embedding(module: Any) -> Embedding:
     positions, types = module.position_embeddings, module.token_type_embeddings
     return Embedding(
-        words=module.word_embeddings.weight,
+        words=table(module.word_embeddings),
         norm=Norm.of(module.LayerNorm),
-        positions=None if positions is None else positions.weight,
-        types=None if types is None else types.weight,
+        positions=None if positions is None else table(positions),
+        types=None if types is None else table(types),
         projection=None if module.embed_proj is None else Linear.of(module.embed_proj),
     )
 
@@ -130,16 +130,19 @@ def _layer(model: Any, index: int, derived: Derived, terms: list[str]) -> Layer:
 def _position_table(encoder: Any, attention: Any, projection: Any, name: tuple[str, int], derived: Derived) -> Tensor:
     """``[2 span, H, D]``: the normalised position embeddings through one layer's projection."""
     norm = encoder.LayerNorm if "layer_norm" in encoder.norm_rel_ebd else None
-    table = encoder.rel_embeddings.weight
+    distances = table(encoder.rel_embeddings)
+    product, scaling = Linear.of(projection), None if norm is None else Norm.of(norm)
 
     def build() -> Tensor:
-        rows = table if norm is None else F.layer_norm(table, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        rows = F.linear(rows[: 2 * attention.pos_ebd_size], projection.weight, projection.bias)
+        rows = distances
+        if scaling is not None:
+            rows = F.layer_norm(rows, rows.shape[1:], scaling.weight, scaling.bias, scaling.eps)
+        rows = F.linear(rows[: 2 * attention.pos_ebd_size], product.weight, product.bias)
         return rows.view(len(rows), attention.num_attention_heads, attention.attention_head_size)
 
-    sources = [table, projection.weight, projection.bias]
-    if norm is not None:
-        sources += [norm.weight, norm.bias]
+    sources = [distances, product.weight, product.bias]
+    if scaling is not None:
+        sources += [scaling.weight, scaling.bias]
     return derived.get(name, sources, build)
 
 
@@ -147,14 +150,16 @@ def _buckets(encoder: Any, derived: Derived, semantics: str) -> Tensor:
     """int32 ``[2 N + 1]``: the table row of each distance, saturated at both ends."""
     buckets, span = encoder.position_buckets, encoder.max_relative_positions
     device = encoder.rel_embeddings.weight.device
-    # With half the buckets at or past the longest distance the logarithm's formula divides by zero or turns round.
-    require(buckets <= 0 or buckets // 2 < span - 1, "deberta-v2", f"position_buckets={buckets} for {span} positions")
+    # The logarithm's formula stands still with fewer than four buckets; with half of them at or past the longest
+    # distance it divides by zero or turns round.
+    sensible = buckets <= 0 or 2 <= buckets // 2 < span - 1
+    require(sensible, "deberta-v2", f"position_buckets={buckets} for {span} positions")
     half = buckets if buckets > 0 else span
 
     def rows(longest: int) -> Tensor:
         distances = torch.arange(-longest, longest + 1)
-        table = make_log_bucket_position(distances, buckets, span) if buckets > 0 else distances
-        return (table.long() + half).clamp(0, 2 * half - 1)
+        found = make_log_bucket_position(distances, buckets, span) if buckets > 0 else distances
+        return (found.long() + half).clamp(0, 2 * half - 1)
 
     def build() -> Tensor:
         longest = span - 1 if semantics == "trained" else span
@@ -192,11 +197,12 @@ def _head(model: Any) -> Head:
     if model.legacy:
         predictions = model.cls.predictions
         dense, norm = predictions.transform.dense, predictions.transform.LayerNorm
-        vocabulary, bias = predictions.decoder.weight, predictions.decoder.bias
+        decoder = Linear.of(predictions.decoder)
+        vocabulary, bias = decoder.weight, decoder.bias
     else:
         predictions = model.lm_predictions.lm_head
         dense, norm = predictions.dense, predictions.LayerNorm
-        vocabulary, bias = model.deberta.embeddings.word_embeddings.weight, predictions.bias
+        vocabulary, bias = table(model.deberta.embeddings.word_embeddings), predictions.bias
         require(
             vocabulary.shape[1] == config.hidden_size,
             "deberta-v2",

@@ -14,6 +14,7 @@ from mlmfast.architectures.spec import Derived, EncoderSpec, Head, Linear, Norm
 def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: str) -> EncoderSpec:
     """The spec of a ``RobertaForMaskedLM`` or ``XLMRobertaForMaskedLM``; both semantics are the same."""
     config = model.config
+    decoder = Linear.of(model.lm_head.decoder)
     padding = model.roberta.embeddings.padding_idx
     return EncoderSpec(
         family=config.model_type,
@@ -23,8 +24,8 @@ def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: st
             dense=Linear.of(model.lm_head.dense),
             activation="gelu",  # whatever config.hidden_act says
             norm=Norm.of(model.lm_head.layer_norm),
-            vocabulary=model.lm_head.decoder.weight,
-            bias=model.lm_head.decoder.bias,
+            vocabulary=decoder.weight,
+            bias=decoder.bias,
         ),
         heads=config.num_attention_heads,
         scale=(config.hidden_size // config.num_attention_heads) ** -0.5,

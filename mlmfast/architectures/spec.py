@@ -12,7 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mlmfast.errors import UnsupportedModelError
+
+
+def _plain(module: Any, kind: type[nn.Module]) -> None:
+    """Refuses a module that computes more than its weights say: an adapter, a quantised layer, an offloading hook."""
+    if getattr(module.forward, "__func__", None) is not kind.forward:
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} stands where a plain {kind.__name__} was expected (an adapter, a quantised "
+            "layer?); merge or dequantise it first (PEFT: model.merge_and_unload()), or load the checkpoint by name"
+        )
+
+
+def table(module: Any) -> Tensor:
+    """The weight ``[rows, width]`` of a plain embedding module."""
+    _plain(module, nn.Embedding)
+    return module.weight
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class Linear:
 
     @classmethod
     def of(cls, module: Any) -> Linear:
+        _plain(module, nn.Linear)
         return cls(module.weight, module.bias)
 
 
@@ -37,6 +55,7 @@ class Norm:
 
     @classmethod
     def of(cls, module: Any) -> Norm:
+        _plain(module, nn.LayerNorm)
         return cls(module.weight, module.bias, module.eps)
 
 
@@ -158,24 +177,27 @@ class EncoderSpec:
 class Derived:
     """Tensors computed from parameters, kept until a parameter changes.
 
-    A change is seen by a parameter's storage and version counter, which optimisers, ``copy_`` and
-    ``load_state_dict`` advance. Writing through ``parameter.data`` hides from the counter; :meth:`clear` helps there.
+    A change is seen by a parameter's identity, storage and version counter, which optimisers, ``copy_`` and
+    ``load_state_dict`` advance. Writing through ``parameter.data`` hides from the counter: :meth:`clear` is for that.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[Hashable, Tensor]] = {}
+        self._kept: dict[Hashable, tuple[list[Tensor], list[tuple[int, int]], Tensor]] = {}
 
     def get(self, name: Hashable, sources: Sequence[Tensor | None], build: Callable[[], Tensor]) -> Tensor:
         """The tensor kept under ``name``, built anew if any of its ``sources`` is not what it was."""
-        state = tuple(
-            None if s is None else (s.data_ptr(), s.dtype, s.device, 0 if s.is_inference() else s._version)
-            for s in sources
-        )
+        present = [source for source in sources if source is not None]
+        if any(source.is_inference() for source in present):  # these have no version counter
+            return build()
+        state = [(source.data_ptr(), source._version) for source in present]
+        # The sources themselves are kept too, so that none can be freed and its address used again.
         kept = self._kept.get(name)
-        if kept is None or kept[0] != state:
+        same = kept is not None and len(kept[0]) == len(present) and all(a is b for a, b in zip(kept[0], present))
+        if kept is None or not same or kept[1] != state:
             with torch.no_grad():
-                kept = self._kept[name] = (state, build())
-        return kept[1]
+                kept = self._kept[name] = (present, state, build())
+        return kept[2]
 
     def clear(self) -> None:
+        """Forgets everything."""
         self._kept.clear()

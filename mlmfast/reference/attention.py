@@ -59,12 +59,16 @@ def attend(
         )
         places = torch.arange(key.shape[2], device=q.device)
         mine = places[None] if q_positions is None else q_positions[rows_q].view(n, -1)
-        distances = mine[:, :, None] - places  # [1 or n, Lq, Lk]
-        scores = query @ key.transpose(2, 3) * scale
-        extra = bias(query, key, distances)
-        if extra is not None:
-            scores = scores + extra
-        mixed = scores.softmax(-1) @ value  # [n, H, Lq, D]
+        mixed = torch.empty_like(query)
+        step = max(1, SCORES // (n * heads * key.shape[2]))  # a single long sequence goes by some queries at a time
+        for start in range(0, query.shape[2], step):
+            some = slice(start, start + step)
+            distances = mine[:, some, None] - places  # [1 or n, Lq, Lk]
+            scores = query[:, :, some] @ key.transpose(2, 3) * scale
+            extra = bias(query[:, :, some], key, distances)
+            if extra is not None:
+                scores = scores + extra
+            mixed[:, :, some] = scores.softmax(-1) @ value
         out[rows_q] = mixed.transpose(1, 2).reshape(-1, heads, width).to(q.dtype)
     return out
 
