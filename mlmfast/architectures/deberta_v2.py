@@ -39,6 +39,10 @@ def prepare_config(config: Any, keys: set[str], semantics: str) -> None:
     stores = {legacy: any(key.startswith(prefix) for key in keys) for legacy, prefix in HEADS.items()}
     if semantics == "trained" and sum(stores.values()) == 1:
         config.legacy = stores[True]
+    if not config.legacy:
+        # This head is handed the embeddings, so there is nothing to tie; some releases of transformers (5.4) still try,
+        # and stumble over a weight that is not there.
+        config.tie_word_embeddings = False
     if any(key.startswith("mask_predictions.") for key in keys):
         warnings.warn(
             "the checkpoint holds a replaced-token-detection head (mask_predictions), as DeBERTa-v3's do: if it was "
