@@ -7,12 +7,10 @@ interrupted, 141 the reader of a pipe has gone. Only commands import torch, so t
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,8 +18,9 @@ import typer
 
 import mlmfast
 from mlmfast.bench import app as bench_app
-from mlmfast.errors import MLMFastError, RequestError
+from mlmfast.errors import RequestError
 from mlmfast.masking import check_metric
+from mlmfast.reporting import reporting, say
 
 if TYPE_CHECKING:
     from mlmfast.model import MaskedLM
@@ -249,32 +248,6 @@ def main() -> NoReturn:
         traceback.print_exc()
         sys.exit(70)  # not 1, which says that rows have errors
     sys.exit(0)
-
-
-def say(message: str) -> None:
-    """One line to stderr."""
-    typer.echo(f"mlmfast: {message}", err=True)
-
-
-@contextmanager
-def reporting() -> Iterator[None]:
-    """Turns what ends a command early into one line on stderr and its exit status."""
-    try:
-        yield
-        sys.stdout.flush()
-    except MLMFastError as error:
-        say(" ".join(str(error).split()))
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        say("interrupted")
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        # What is still buffered must not be tried again when Python closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(141) from None
-    except OSError as error:
-        say(str(error))
-        raise typer.Exit(2) from None
 
 
 def _write_line(record: dict[str, Any]) -> None:

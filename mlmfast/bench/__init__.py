@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlmfast.reporting import reporting, say
+
 if TYPE_CHECKING:
     from mlmfast.bench.pll import Measurement
 
@@ -42,8 +44,6 @@ def pll(
     row says so and has no speeds. A ratio above 1 is a win for mlmfast; losses are printed too. Exit status: 0 all
     rows measured, 1 some disagree, 2 the request is wrong.
     """
-    from mlmfast.cli import reporting, say
-
     with reporting():
         from mlmfast.bench.pll import Measurement, record, run
         from mlmfast.errors import RequestError
