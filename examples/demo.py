@@ -14,7 +14,7 @@ import mlmfast
 
 # Minimal pairs: one word makes the second sentence wrong. Not taken from any benchmark.
 PAIRS = [
-    ("The dogs in the garden were barking.", "The dogs in the garden was barking."),
+    ("The dogs were barking in the garden.", "The dogs was barking in the garden."),
     ("She has never seen the ocean.", "She has ever seen the ocean."),
     ("The boy washed himself before dinner.", "The boy washed herself before dinner."),
     ("They gave the book to their teacher.", "They gave the book their to teacher."),
