@@ -40,6 +40,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+# What readers of weights raise on a file that is cut short, not theirs, or missing a part.
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+
 
 def load(
     model: str | os.PathLike[str] | Any,
@@ -165,7 +168,13 @@ def load_checkpoint(
             if hasattr(family, "prepare_config"):
                 family.prepare_config(config, keys, semantics)
             model, info = AutoModelForMaskedLM.from_pretrained(
-                name, config=config, dtype=dtype, output_loading_info=True, weights_only=True, **options
+                name,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # they are named and refused below; transformers' own report is silenced
+                **options,
             )
             wanted = [key for key in getattr(family, "EXTRAS", ()) if key in keys]
             extras = {key: tensor.to(device, dtype) for key, tensor in read_tensors(files, wanted).items()}
@@ -176,16 +185,7 @@ def load_checkpoint(
             ) from error
         except MLMFastError:
             raise
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            SafetensorError,
-        ) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{name}: its weights cannot be read: {error}") from error
         if tokenizer is None:
             tokenizer = load_tokenizer(name, options)
@@ -199,8 +199,8 @@ def load_checkpoint(
             else "the file is incomplete or belongs to another architecture"
         )
         raise CheckpointError(
-            f"{name}: {len(missing)} tensors are not in the checkpoint and would be freshly initialised "
-            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), so its scores would be noise; {remedy}"
+            f"{name}: {len(missing)} tensors are not in the checkpoint in the config's shape and would be freshly "
+            f"initialised ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), so its scores would be noise; {remedy}"
         )
     model.eval().to(device)
     check_finite(name, {**dict(model.named_parameters()), **extras})

@@ -161,3 +161,11 @@ def test_a_vocabulary_of_single_letters_loads(tmp_path: Path) -> None:
         json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": False})
     )
     assert mlmfast.load(folder).score(["L A G V"])[0].tokens == ["L", "A", "G", "V"]
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path, bert_tokenizer: PreTrainedTokenizerBase) -> None:
+    folder = save(tmp_path, small_bert(len(bert_tokenizer)), bert_tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    with pytest.raises(CheckpointError, match=r"intermediate\.dense"):
+        mlmfast.load(folder)
