@@ -146,7 +146,7 @@ def test_a_live_model_keeps_its_dtype(tokenizer: PreTrainedTokenizerBase) -> Non
     score = lm.score([TEXTS[1]])[0]
     truth = reference_loop(forward_of(model), tokenizer, TEXTS[1])
     assert score.logprobs.dtype == np.float32
-    with torch.no_grad():  # the bound of DESIGN.md for half precision: twice plain torch's own error, plus 1e-3
+    with torch.no_grad():  # the bound of CONTRIBUTING.md for half precision: twice plain torch's own error, plus 1e-3
         plain = []
         for ids, position, target in zip(truth.copies, truth.positions, truth.token_ids):
             row = model(torch.tensor([list(ids)])).logits[0, position].float()
