@@ -200,7 +200,8 @@ def load_checkpoint(
         )
         raise CheckpointError(
             f"{name}: {len(missing)} tensors are not in the checkpoint in the config's shape and would be freshly "
-            f"initialised ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), so its scores would be noise; {remedy}"
+            f"initialised ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}), so its scores would be noise; "
+            f"{remedy}"
         )
     model.eval().to(device)
     check_finite(name, {**dict(model.named_parameters()), **extras})
