@@ -12,7 +12,8 @@ from rich.table import Table
 
 import mlmfast
 
-# Minimal pairs: one word makes the second sentence wrong. Not taken from any benchmark.
+# Minimal pairs: one word makes the second sentence wrong. Not taken from any benchmark, and no measure of the model:
+# they were picked to show a mistake as well as successes.
 PAIRS = [
     ("The dogs were barking in the garden.", "The dogs was barking in the garden."),
     ("She has never seen the ocean.", "She has ever seen the ocean."),
