@@ -1,8 +1,9 @@
 """Which backend serves which op here, and the reason.
 
 An op has one name everywhere: ``mlmfast.ops.<op>`` holds its schema, and a backend that serves it has a module
-``<package>.<op>`` with a function ``<op>`` of the same signature. A backend is chosen by the device of an op's first
-tensor, in the order of :data:`BACKENDS`, unless :func:`forced` names one.
+``<package>.<op>`` with a function ``<op>`` of the same signature. A backend is chosen by the device and dtype of an
+op's first floating-point tensor, in the order of :data:`BACKENDS`, unless :func:`forced` names one. A backend's package
+may have a function ``missing(op)`` that says why it cannot serve an op on this machine, or None.
 """
 
 from __future__ import annotations
@@ -40,27 +41,35 @@ class Backend:
         name: what users call it.
         package: where its ops live, a module each.
         devices: device types whose tensors it takes; None for every one.
+        dtypes: floating-point types that it takes; None for every one.
     """
 
     name: str
     package: str
-    devices: tuple[str, ...] | None
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
 
-    def refusal(self, op: str, device: str) -> str | None:
-        """Why this backend cannot serve an op on a device; None if it can."""
+    def refusal(self, op: str, device: str, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot serve an op on a device in a dtype; None if it can."""
         if self.devices is not None and device not in self.devices:
             return f"{self.name} does not run on {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"{self.name} takes {' and '.join(map(dtype_name, self.dtypes))}, not {dtype_name(dtype)}"
         try:
             found = importlib.util.find_spec(f"{self.package}.{op}")
         except ModuleNotFoundError:  # a checkout's ./mlmfast before an installed one, without an editable install
             return f"{self.name}'s package {self.package} is not importable here (in a checkout: pip install -e .)"
-        return None if found is not None else f"{self.name} has no {op} in this version"
+        if found is None:
+            return f"{self.name} has no {op} in this version"
+        missing = getattr(importlib.import_module(self.package), "missing", None)
+        return None if missing is None else missing(op)
 
 
 # Fastest first. The reference takes everything, so that a choice always exists.
 BACKENDS = (
+    Backend("cpu", "mlmfast.cpu", ("cpu",), (torch.float32, torch.bfloat16)),
     Backend("triton", "mlmfast.kernels", ("cuda",)),
-    Backend("reference", "mlmfast.reference", None),
+    Backend("reference", "mlmfast.reference"),
 )
 
 _forced: ContextVar[str | None] = ContextVar("mlmfast_backend", default=None)
@@ -68,7 +77,7 @@ _forced: ContextVar[str | None] = ContextVar("mlmfast_backend", default=None)
 
 @dataclass(frozen=True)
 class Service:
-    """One line of the report: who serves an op on a device, and why."""
+    """One line of the report: who serves an op, and why."""
 
     op: str
     backend: str
@@ -76,12 +85,13 @@ class Service:
 
 
 @cache
-def choose(op: str, device: str, name: str | None = None) -> Service:
+def choose(op: str, device: str, dtype: torch.dtype, name: str | None = None) -> Service:
     """Picks the backend of an op.
 
     Args:
         op: one of :data:`OPS`.
         device: a device type, ``"cpu"`` or ``"cuda"``.
+        dtype: of the op's floating-point tensors.
         name: a backend that must serve, or None for the first that can.
 
     Raises:
@@ -89,22 +99,26 @@ def choose(op: str, device: str, name: str | None = None) -> Service:
     """
     if name is not None:
         backend = _named(name)
-        refusal = backend.refusal(op, device)
+        refusal = backend.refusal(op, device, dtype)
         if refusal:
             raise BackendError(f"backend {name!r} was asked for, but {refusal}; use backend='auto'")
         return Service(op, name, "asked for by name")
     refusals: list[str] = []
     for backend in BACKENDS:
-        refusal = backend.refusal(op, device)
+        refusal = backend.refusal(op, device, dtype)
         if refusal is None:
             return Service(op, backend.name, "; ".join(refusals) or f"first choice on {device}")
         refusals.append(refusal)
-    raise BackendError(f"no backend serves {op} on {device}: {'; '.join(refusals)}")
+    raise BackendError(f"no backend serves {op} on {device} in {dtype_name(dtype)}: {'; '.join(refusals)}")
 
 
-def report(device: str = "cpu") -> list[Service]:
-    """Who serves each op on a device, one :class:`Service` an op."""
-    return [choose(op, device, _forced.get()) for op in OPS]
+def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Service]:
+    """Who serves each op on a device in a dtype, one :class:`Service` an op.
+
+    Raises:
+        BackendError: a backend is :func:`forced` that cannot serve them all.
+    """
+    return [choose(op, device, dtype, _forced.get()) for op in OPS]
 
 
 @contextmanager
@@ -120,13 +134,18 @@ def forced(name: str | None) -> Iterator[None]:
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The function that serves ``op`` for a tensor like this one."""
-    return _function(op, choose(op, tensor.device.type, _forced.get()).backend)
+    """The function that serves ``op`` for a floating-point tensor like this one."""
+    return _function(op, choose(op, tensor.device.type, tensor.dtype, _forced.get()).backend)
 
 
 @cache
 def _function(op: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"{_named(name).package}.{op}"), op)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _named(name: str) -> Backend:

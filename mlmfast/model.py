@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mlmfast import architectures, backends
 from mlmfast.architectures.spec import Derived, EncoderSpec
+from mlmfast.cpu import products
 from mlmfast.errors import MLMFastError, RequestError, TextError
 from mlmfast.execution import Reader, compute, read_best, read_logprobs, read_rows, run
 from mlmfast.masking import MaskPlan, check_metric, make_plan
@@ -61,7 +62,7 @@ class MaskedLM:
         if self.batch_tokens < 1:
             raise RequestError(f"batch_tokens={batch_tokens} holds no row; 1 is the least")
         with backends.forced(self._backend):
-            backends.report(self.device.type)  # a forced backend that cannot serve says so now
+            backends.report(self.device.type, self.dtype)  # a forced backend that cannot serve says so now
         self._encoder(self.spec())  # a model or tokenizer that cannot serve says so now, too
 
     @property
@@ -92,6 +93,7 @@ class MaskedLM:
     def refresh(self) -> None:
         """Forgets what was computed from the weights. Only needed after they were written through ``.data``."""
         self._derived.clear()
+        products.forget()
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mlmfast import backends
+from mlmfast.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Backend:
 
 BACKENDS = [
     Backend("reference", "cpu"),
+    Backend("cpu", "cpu", (torch.float32, torch.bfloat16)),
 ]
 
 # Lengths of the sequences of a packed batch: one row, primes, block edges and their neighbours, a long one among short.
@@ -43,13 +45,31 @@ LENGTHS = [
 
 def on_every_backend(test: Callable[..., Any]) -> Callable[..., Any]:
     """Parametrises a test over ``backend`` and each ``dtype`` it takes."""
-    cases = [pytest.param(b, d, id=f"{b.name}-{str(d).removeprefix('torch.')}") for b in BACKENDS for d in b.dtypes]
+    cases = [
+        pytest.param(b, d, id=f"{b.name}-{backends.dtype_name(d)}", marks=skip_if_refused(test, b, d))
+        for b in BACKENDS
+        for d in b.dtypes
+    ]
     return pytest.mark.parametrize(("backend", "dtype"), cases)(test)
 
 
 def on_every_backend_in_float32(test: Callable[..., Any]) -> Callable[..., Any]:
     """Parametrises a test over ``backend`` alone."""
-    return pytest.mark.parametrize("backend", [pytest.param(b, id=b.name) for b in BACKENDS])(test)
+    cases = [pytest.param(b, id=b.name, marks=skip_if_refused(test, b, torch.float32)) for b in BACKENDS]
+    return pytest.mark.parametrize("backend", cases)(test)
+
+
+def skip_if_refused(test: Callable[..., Any], backend: Backend, dtype: torch.dtype) -> tuple[pytest.MarkDecorator, ...]:
+    """A skip with the reason where a backend cannot serve the op that the test's file is named after.
+
+    Whether it ought to serve is for ``test_backends.py`` to say.
+    """
+    op = test.__module__.rpartition("test_")[2]
+    try:
+        backends.choose(op, backend.device, dtype, backend.name)
+    except BackendError as refusal:
+        return (pytest.mark.skip(reason=str(refusal)),)
+    return ()
 
 
 @contextmanager

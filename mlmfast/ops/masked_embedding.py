@@ -42,7 +42,7 @@ def masked_embedding(
     Returns:
         ``[T, e]`` in the dtype of ``words``.
     """
-    serve = backends.implementation("masked_embedding", token_ids)
+    serve = backends.implementation("masked_embedding", words)
     return serve(
         token_ids,
         masked_rows,

@@ -20,6 +20,7 @@ from op_cases import (
 )
 from torch import Tensor
 
+from mlmfast.cpu import products
 from mlmfast.ops.linear import linear
 
 ACTIVATIONS = ["none", "gelu", "gelu_tanh", "relu", "tanh", "geglu"]
@@ -82,6 +83,27 @@ def test_activations_far_from_zero(backend: Backend, dtype: torch.dtype, activat
     given = arguments(3, 8, 16, True, activation)
     given[0] = given[0] * 20
     assert_as_good_as_torch(backend, dtype, linear, plain, given, torch_linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("least", [0.0, math.inf], ids=["packed", "plain"])
+def test_each_choice_of_the_cpu_backend(
+    least: float, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It chooses by measuring; here by being told."""
+    chosen = products.choice(dtype, True)
+    if chosen.packed_gflops is None:
+        pytest.skip(chosen.reason)
+    monkeypatch.setattr(products, "choice", lambda dtype, fused: products.Choice(least, "told so"))
+    cpu = Backend("cpu", "cpu")
+    for shape in SHAPES:
+        for bias in (True, False):
+            given = arguments(*shape, bias, activation)
+            assert_as_good_as_torch(cpu, dtype, linear, plain, given, torch_linear)
+            if shape[0] * shape[2] > 100:  # of a few numbers, the largest error is luck
+                given[0] = given[0] * 20
+                assert_as_good_as_torch(cpu, dtype, linear, plain, given, torch_linear)
 
 
 @on_every_backend_in_float32
