@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -15,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlmfast import __version__, backends
+from mlmfast import __version__, backends, cpu
 from mlmfast.architectures import FAMILIES
+from mlmfast.cpu import products
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numpy", "pyarrow")
 
 
@@ -27,9 +30,13 @@ def examine() -> dict[str, Any]:
     Returns:
         ``versions``: package -> version, None if it is not installed. ``machine``: processor, cores, threads,
         instructions, memory_bytes. ``gpus``: name, memory_bytes, capability of each. ``backends``: device -> a list of
-        op, backend, reason. ``families``: model types that load.
+        op, backend, reason, for float32. ``dtypes``: device -> dtype -> the backends that serve it. ``cpu``: the cpu
+        backend's ``instructions`` (None without the compiled extension), what is ``missing`` and what it costs (None if
+        nothing is), and ``products``: for each dtype, with an activation and without, which kind was chosen by
+        measuring, its reason and both rates in GFLOP/s. ``families``: model types that load.
     """
     cuda = torch.cuda.is_available()
+    devices = ("cpu", "cuda") if cuda else ("cpu",)
     return {
         "versions": {"mlmfast": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
@@ -42,9 +49,18 @@ def examine() -> dict[str, Any]:
             "memory_bytes": _memory_bytes(),
         },
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if cuda else [],
-        "backends": {
-            device: [asdict(service) for service in backends.report(device)]
-            for device in (("cpu", "cuda") if cuda else ("cpu",))
+        "backends": {device: [asdict(service) for service in backends.report(device)] for device in devices},
+        "dtypes": {
+            device: {
+                backends.dtype_name(dtype): sorted({service.backend for service in backends.report(device, dtype)})
+                for dtype in DTYPES
+            }
+            for device in devices
+        },
+        "cpu": {
+            "instructions": cpu.instructions(),
+            "missing": cpu.extension_missing(),
+            "products": [_products(dtype, fused) for dtype in products.PACKED_DTYPES for fused in (False, True)],
         },
         "families": sorted(FAMILIES),
     }
@@ -65,13 +81,41 @@ def show(findings: dict[str, Any]) -> None:
         facts.add_row("GPU", Text(f"{gpu['name']}, {_gib(gpu['memory_bytes'])}, capability {gpu['capability']}"))
     if not findings["gpus"]:
         facts.add_row("GPU", "none that torch can use")
+    extension = findings["cpu"]
+    facts.add_row("cpu extension", Text(extension["missing"] or f"runs its {extension['instructions']} path"))
+    for kind in extension["products"]:
+        rates = f" ({kind['plain_gflops']:.0f} GFLOP/s plain, {kind['packed_gflops']:.0f} packed)"
+        facts.add_row(
+            f"{kind['dtype']} products" + (" + GELU" if kind["activation"] else ""),
+            Text(kind["reason"] + (rates if kind["packed_gflops"] else "")),
+        )
     facts.add_row("families", ", ".join(findings["families"]))
     console.print(facts)
     for device, services in findings["backends"].items():
-        table = Table("op", "backend", "why", title=f"\non {device}", title_justify="left")
+        table = Table("op", "backend", "why", title=f"\non {device}, float32", title_justify="left")
+        above = ""
         for service in services:
-            table.add_row(service["op"], service["backend"], Text(service["reason"]))
+            reason = service["reason"]
+            repeated = reason == above and len(reason) > 80
+            table.add_row(service["op"], service["backend"], Text("as above" if repeated else reason))
+            above = reason
         console.print(table)
+        for dtype, names in findings["dtypes"][device].items():
+            if dtype != "float32":
+                console.print(f"{dtype} on {device}: {', '.join(names)}")
+
+
+def _products(dtype: torch.dtype, fused: bool) -> dict[str, Any]:
+    """How the cpu backend computes one kind of products, and the rates that decided it."""
+    chosen = products.choice(dtype, fused)
+    return {
+        "dtype": backends.dtype_name(dtype),
+        "activation": fused,
+        "packed": math.isfinite(chosen.least),
+        "reason": chosen.reason,
+        "plain_gflops": chosen.plain_gflops,
+        "packed_gflops": chosen.packed_gflops,
+    }
 
 
 def _version(package: str) -> str | None:
