@@ -1,9 +1,9 @@
 """The part of the build that pyproject.toml cannot say: ``kernels/`` is ``mlmfast.kernels``; the extension in csrc/cpu.
 
 The extension needs a C++17 compiler and torch's headers, and no torch at build time: it is written to LibTorch's stable
-ABI, so one binary serves torch 2.10 and later and every Python from 3.10. Where the compiler or the headers are missing,
-the package is installed without it (`mlmfast doctor` says so). MLMFAST_BUILD_CPU=1 makes that an error, =0 leaves the
-extension out, auto is the default.
+ABI, so one binary serves torch 2.10 and later and every Python from 3.10. Where the compiler or the headers are
+missing, the package is installed without it (`mlmfast doctor` says so). MLMFAST_BUILD_CPU=1 makes that an error, =0
+leaves the extension out, auto is the default.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def ninja() -> str:
 
 
 class BuildWithNinja(build_ext):
-    """Writes a ninja file for csrc/cpu and runs it: flags differ from file to file, and only what changed is compiled."""
+    """Writes a ninja file for csrc/cpu and runs it: flags differ by file, and only what changed is compiled."""
 
     def run(self) -> None:
         wish = os.environ.get("MLMFAST_BUILD_CPU", "auto")
         if wish not in ("auto", "0", "1"):
             raise SystemExit(f"MLMFAST_BUILD_CPU={wish} is none of auto, 0, 1")
         if wish == "0":
-            self.extensions = []
+            self.extensions: list[setuptools.Extension] = []
             return
         try:
             self._build(self.extensions[0])

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,27 +25,55 @@ from mlmfast.ops.vocab_topk import vocab_topk
 from mlmfast.packing import PackedBatch, halves, pack
 from mlmfast.reference import accumulation
 
-# What is read at the scored rows: head, its hidden states [R, e], batch -> arrays with a row a target, [N, ...].
-Reader = Callable[[Head, Tensor, PackedBatch], dict[str, Tensor]]
+# What is read at the scored rows: head, its hidden states [R, e], targets -> arrays with a row a target, [N, ...].
+Reader = Callable[[Head, Tensor, "Targets"], dict[str, Tensor]]
 
 # Rows of copies planned at once. Identical copies are found within such a window of sequences.
 WINDOW_TOKENS = 1 << 21
+# Scored rows that are read together, from as many batches as it takes: a vocabulary is hundreds of megabytes, and the
+# few scored rows of one batch of short texts would not pay for bringing it from memory.
+READ_ROWS = 512
 # Rows of whole distributions computed at once.
 CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is predicted at some scored rows.
+
+    Attributes:
+        ids: int64 ``[N]``, token ids.
+        rows: int64 ``[N]``, the row of the hidden states ``[R, e]`` that each is read from.
+        order: int64 ``[N]``, each one's place in the plan's ``targets``.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch]) -> Targets:
+        """Those of batches whose scored rows stand one after another."""
+        starts = accumulate([len(batch.scored_rows) for batch in batches], initial=0)
+        return cls(
+            torch.cat([batch.targets for batch in batches]),
+            torch.cat([batch.target_rows + start for batch, start in zip(batches, starts)]),
+            torch.cat([batch.order for batch in batches]),
+        )
 
 
 def read_logprobs(temperature: float = 1.0, ranks: bool = False, entropies: bool = False) -> Reader:
     """Reads ``logprobs``, and on request ``ranks`` and ``entropies``."""
 
-    def read(head: Head, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
         logprobs, places, spread = vocab_logprob(
-            hidden, head.vocabulary, head.bias, batch.targets, batch.target_rows, temperature, ranks, entropies
+            hidden, head.vocabulary, head.bias, targets.ids, targets.rows, temperature, ranks, entropies
         )
         values = {"logprobs": logprobs}
         if ranks:
             values["ranks"] = places
         if entropies:
-            values["entropies"] = spread[batch.target_rows]
+            values["entropies"] = spread[targets.rows]
         return values
 
     return read
@@ -52,9 +82,9 @@ def read_logprobs(temperature: float = 1.0, ranks: bool = False, entropies: bool
 def read_best(top_k: int, temperature: float = 1.0) -> Reader:
     """Reads the ``top_k`` best ``logprobs`` and their ``ids``."""
 
-    def read(head: Head, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
         logprobs, ids = vocab_topk(hidden, head.vocabulary, head.bias, top_k, temperature)
-        return {"logprobs": logprobs[batch.target_rows], "ids": ids[batch.target_rows]}
+        return {"logprobs": logprobs[targets.rows], "ids": ids[targets.rows]}
 
     return read
 
@@ -62,10 +92,10 @@ def read_best(top_k: int, temperature: float = 1.0) -> Reader:
 def read_rows(temperature: float = 1.0) -> Reader:
     """Reads whole distributions, ``logprobs [N, V]``: here they are the result, so they are held, on the CPU."""
 
-    def read(head: Head, hidden: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-        whole = torch.empty(len(batch.targets), len(head.vocabulary), dtype=accumulation(hidden.dtype))
-        for start in range(0, len(batch.targets), CHUNK):
-            rows = hidden[batch.target_rows[start : start + CHUNK]]
+    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        whole = torch.empty(len(targets.ids), len(head.vocabulary), dtype=accumulation(hidden.dtype))
+        for start in range(0, len(targets.ids), CHUNK):
+            rows = hidden[targets.rows[start : start + CHUNK]]
             whole[start : start + CHUNK] = vocab_rows(rows, head.vocabulary, head.bias, temperature)
         return {"logprobs": whole}
 
@@ -159,33 +189,47 @@ def run(
     waiting = pack(plan, batch_tokens)[::-1]
     rows = sum(batch.tokens for batch in waiting)
     values: dict[str, np.ndarray] = {}
+    encoded: list[tuple[PackedBatch, Tensor]] = []  # not read yet, with the head's hidden states [R, e]
     while waiting:
         batch = waiting.pop()
-        found = _attempt(spec, plan, read, batch, device)
-        if found is None:
+        try:
+            moved = batch.to(device)
+            encoded.append((moved, predict(spec, encode(spec, moved, plan.mask_token_id))))
+        except RuntimeError as error:
+            if batch.copies == 1 or not out_of_memory(error):
+                raise
             waiting.extend(halves(batch)[::-1])
             continue
-        for name, tensor in found.items():
-            array = tensor.cpu().numpy()
-            whole = values.setdefault(name, np.empty((len(plan.targets), *array.shape[1:]), array.dtype))
-            whole[batch.order.numpy()] = array
+        if not waiting or sum(len(hidden) for _, hidden in encoded) >= READ_ROWS:
+            for order, found in _read(spec.head, encoded, read):
+                for name, tensor in found.items():
+                    array = tensor.cpu().numpy()
+                    whole = values.setdefault(name, np.empty((len(plan.targets), *array.shape[1:]), array.dtype))
+                    whole[order] = array
+            encoded.clear()
         if advance is not None:
             advance(batch.tokens / rows)
     return values
 
 
-def _attempt(
-    spec: EncoderSpec, plan: MaskPlan, read: Reader, batch: PackedBatch, device: torch.device
-) -> dict[str, Tensor] | None:
-    """One batch; None if memory ran out and there are copies to part."""
+def _read(
+    head: Head, encoded: Sequence[tuple[PackedBatch, Tensor]], read: Reader
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """What is read at the scored rows of some batches together, or of half of them at a time if memory runs out.
+
+    Yields the places of the targets in the plan, and what was found there.
+    """
+    targets = Targets.of([batch for batch, _ in encoded])
     try:
-        moved = batch.to(device)
-        hidden = predict(spec, encode(spec, moved, plan.mask_token_id))
-        return read(spec.head, hidden, moved)
+        found = read(head, torch.cat([hidden for _, hidden in encoded]), targets)
     except RuntimeError as error:
-        if batch.copies == 1 or not out_of_memory(error):
+        if len(encoded) == 1 or not out_of_memory(error):
             raise
-        return None
+    else:
+        yield targets.order.cpu().numpy(), found
+        return
+    yield from _read(head, encoded[: len(encoded) // 2], read)
+    yield from _read(head, encoded[len(encoded) // 2 :], read)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -209,6 +209,41 @@ def test_a_single_copy_that_does_not_fit_is_an_error(lms: dict[str, MaskedLM], m
         lms["bert"].score(POOL)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_batches_are_read_together(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    lm, sizes = lms["deberta"], []
+    wanted = scored(lm, POOL, "original", None, 3000)
+    true_op = execution.vocab_logprob
+
+    def watched(hidden: Tensor, *rest: Any) -> Any:
+        sizes.append(len(hidden))
+        return true_op(hidden, *rest)
+
+    monkeypatch.setattr(execution, "vocab_logprob", watched)
+    monkeypatch.setattr(execution, "READ_ROWS", rows)
+    for got, want in zip(scored(lm, POOL, "original", None, 60), wanted):
+        assert_near(got, want, 1e-5)
+    assert len(sizes) > 1 if rows < 1000 else len(sizes) == 1
+    assert min(sizes[:-1], default=rows) >= rows  # only the last reading may be of fewer
+
+
+def test_a_reading_that_does_not_fit_is_halved(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, sizes = lms["deberta"], []
+    wanted = scored(lm, POOL, "original", None, 3000)
+    true_op = execution.vocab_logprob
+
+    def small_memory(hidden: Tensor, *rest: Any) -> Any:
+        sizes.append(len(hidden))
+        if len(hidden) > 20:
+            raise torch.OutOfMemoryError("out of memory")
+        return true_op(hidden, *rest)
+
+    monkeypatch.setattr(execution, "vocab_logprob", small_memory)
+    for got, want in zip(scored(lm, POOL, "original", None, 60), wanted):
+        assert_near(got, want, 1e-5)
+    assert max(sizes) > 20
+
+
 def test_texts_planned_in_several_windows(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:
     lm = lms["deberta"]
     wanted = scored(lm, POOL, "original", None, 3000)
