@@ -14,22 +14,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlmfast import backends
+from mlmfast import backends, cpu
 from mlmfast.errors import BackendError
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend, where its tensors live, and the dtypes it takes."""
+    """A backend, where its tensors live, the dtypes it takes, and the instructions that it is held to, if any."""
 
     name: str
     device: str
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    instructions: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.instructions is None else f"{self.name}.{self.instructions}"
+
+
+def lesser_instructions() -> list[str]:
+    """What this machine can be held to below its best; nothing without the extension."""
+    return torch.ops.mlmfast_cpu.instruction_sets().split(",")[1:] if cpu.instructions() else []
 
 
 BACKENDS = [
     Backend("reference", "cpu"),
-    Backend("cpu", "cpu", (torch.float32, torch.bfloat16)),
+    Backend("cpu", "cpu", (torch.float32, torch.bfloat16)),  # with the best instructions of this machine
+    *(Backend("cpu", "cpu", (torch.float32, torch.bfloat16), lesser) for lesser in lesser_instructions()),
 ]
 
 # Lengths of the sequences of a packed batch: one row, primes, block edges and their neighbours, a long one among short.
@@ -46,8 +56,8 @@ LENGTHS = [
 def on_every_backend(test: Callable[..., Any]) -> Callable[..., Any]:
     """Parametrises a test over ``backend`` and each ``dtype`` it takes."""
     cases = [
-        pytest.param(b, d, id=f"{b.name}-{backends.dtype_name(d)}", marks=skip_if_refused(test, b, d))
-        for b in BACKENDS
+        pytest.param(b, d, id=f"{b}-{backends.dtype_name(d)}", marks=skip_if_refused(test, b, d))
+        for b in backends_of(test)
         for d in b.dtypes
     ]
     return pytest.mark.parametrize(("backend", "dtype"), cases)(test)
@@ -55,18 +65,34 @@ def on_every_backend(test: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_every_backend_in_float32(test: Callable[..., Any]) -> Callable[..., Any]:
     """Parametrises a test over ``backend`` alone."""
-    cases = [pytest.param(b, id=b.name, marks=skip_if_refused(test, b, torch.float32)) for b in BACKENDS]
+    cases = [pytest.param(b, id=str(b), marks=skip_if_refused(test, b, torch.float32)) for b in backends_of(test)]
     return pytest.mark.parametrize("backend", cases)(test)
 
 
+def on_every_cpu_path(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Parametrises a test over the ``backend`` of the CPU alone, on each instruction set."""
+    paths = [b for b in backends_of(test) if b.name == "cpu"]
+    cases = [pytest.param(b, id=str(b), marks=skip_if_refused(test, b, torch.float32)) for b in paths]
+    return pytest.mark.parametrize("backend", cases)(test)
+
+
+def op_of(test: Callable[..., Any]) -> str:
+    """The op that the test's file is named after."""
+    return test.__module__.rpartition("test_")[2]
+
+
+def backends_of(test: Callable[..., Any]) -> list[Backend]:
+    """The backends that a test runs on: on each instruction set only if its op has code of its own for them."""
+    return [b for b in BACKENDS if b.instructions is None or op_of(test) not in cpu.WITHOUT_EXTENSION]
+
+
 def skip_if_refused(test: Callable[..., Any], backend: Backend, dtype: torch.dtype) -> tuple[pytest.MarkDecorator, ...]:
-    """A skip with the reason where a backend cannot serve the op that the test's file is named after.
+    """A skip with the reason where a backend cannot serve the test's op.
 
     Whether it ought to serve is for ``test_backends.py`` to say.
     """
-    op = test.__module__.rpartition("test_")[2]
     try:
-        backends.choose(op, backend.device, dtype, backend.name)
+        backends.choose(op_of(test), backend.device, dtype, backend.name)
     except BackendError as refusal:
         return (pytest.mark.skip(reason=str(refusal)),)
     return ()
@@ -78,10 +104,24 @@ def serving(backend: Backend) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
     try:
-        with backends.forced(backend.name):
+        with forced(backend):
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def forced(backend: Backend) -> Iterator[None]:
+    """Within the block every op runs on this backend, with its instructions."""
+    before = cpu.instructions()
+    if backend.instructions is not None:
+        torch.ops.mlmfast_cpu.use_instructions(backend.instructions)
+    try:
+        with backends.forced(backend.name):
+            yield
+    finally:
+        if backend.instructions is not None:
+            torch.ops.mlmfast_cpu.use_instructions(before)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -144,7 +184,7 @@ def check_registration(backend: Backend, op: Any, arguments: Sequence[Any], **op
     """Schema, fake and dynamic shapes by ``opcheck``; the op stands in a compiled graph without a break."""
     arguments, options = moved(tuple(arguments), backend, torch.float32), moved(options, backend, torch.float32)
     torch.compiler.reset()  # each call compiles anew; without this they count as recompilations of one function
-    with backends.forced(backend.name):
+    with forced(backend):
         torch.library.opcheck(op, arguments, options)
         eager = op(*arguments, **options)
         compiled = torch.compile(lambda *a, **o: op(*a, **o), fullgraph=True, backend="eager")(*arguments, **options)

@@ -57,13 +57,10 @@ struct Scratch {
 
 // dst[i][j] += src[j][i], 16 x 16.
 inline void add_transposed16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride) {
-  alignas(64) float turned[256];
-  transpose16(turned, 16, src, src_stride);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; j += W) {
-      float* at = dst + i * dst_stride + j;
-      store(at, load(at) + load(turned + i * 16 + j));
-    }
+  transposed16(src, src_stride, [=](int64_t i, int64_t j, Vec v) {
+    float* at = dst + i * dst_stride + j;
+    store(at, load(at) + v);
+  });
 }
 
 inline void put(float* p, Vec v, Vec* total) {
@@ -110,7 +107,7 @@ inline float exponentials(float* scores, const float* extra, float scale, int64_
   }
   const Vec top = all(largest(most));
   Vec total = {};
-  for (j = 0; j < whole; j += W) put(weights + j, exp_of_negative(load(scores + j) - top), &total);
+  for (j = 0; j < whole; j += W) put(weights + j, exp_of_negative<sizeof(E) == 4 ? 7 : 4>(load(scores + j) - top), &total);
   return sum(total);
 }
 

@@ -83,7 +83,7 @@ struct Kernels {
   // Rows [first, last); scratch for one row.
   void (*add_layer_norm[2])(const AddLayerNorm&, int64_t first, int64_t last, float* scratch);
   void (*masked_embedding[2])(const MaskedEmbedding&, int64_t first, int64_t last, float* scratch);
-  // One row of a tile of logits; scratch for a row filled up to a multiple of 64.
+  // One row of a tile of logits; scratch for a row filled up to a multiple of 64, left holding the row's x.
   void (*vocab_sums[2])(const VocabTile&, int64_t row, bool entropies, VocabSums*, float* scratch);
   float (*vocab_logit[2])(const VocabTile&, int64_t row, int64_t column);
   int64_t (*vocab_above[2])(const VocabTile&, int64_t row, float than);

@@ -203,8 +203,10 @@ inline void copy_row(float* dst, int64_t ld, const T* src, int64_t width) {
 }
 
 inline void copy_row(bf16* dst, int64_t ld, const bf16* src, int64_t width) {
-  std::memcpy(dst, src, width * sizeof(bf16));
-  std::memset(dst + width, 0, (ld - width) * sizeof(bf16));
+  int64_t i = 0;
+  for (; i + 32 <= width; i += 32) std::memcpy(dst + i, src + i, 64);  // of known size: no call
+  for (; i < width; ++i) dst[i] = src[i];
+  for (; i < ld; ++i) dst[i] = bf16{};
 }
 
 // The elements after a row: a head's rows are short and far apart, which no hardware prefetcher follows, and those after
@@ -230,8 +232,10 @@ template <class E>
 inline void pack_columns(E* panel, const E* rows, int64_t ld) {
   const float* words = reinterpret_cast<const float*>(rows);
   const int64_t count = ld * sizeof(E) / 4;
-  for (int64_t i = 0; i < count; i += 16)
-    transpose16(reinterpret_cast<float*>(panel) + i * 16, 16, words + i, count);
+  for (int64_t i = 0; i < count; i += 16) {
+    float* square = reinterpret_cast<float*>(panel) + i * 16;
+    transposed16(words + i, count, [=](int64_t r, int64_t c, Vec v) { store(square + r * 16 + c, v); });
+  }
 }
 
 // Rows become rows of panels: panel p takes columns 16 p to 16 p + 15, k runs over the rows, zeros up to k.

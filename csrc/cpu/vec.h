@@ -141,18 +141,24 @@ inline float largest(Vec v) {
 #endif
 }
 
-// e^x for x <= 0 to about one unit in the last place; 0 below -87.3, NaN for NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7, and 2^n put into the exponent.
+// e^x for x <= 0; 0 below -87.3, NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor polynomial, and 2^n
+// put into the exponent. Degree 7 is right to about one unit in the last place, degree 4 to 2^-14, enough for what is
+// rounded to bfloat16.
+template <int degree = 7>
 inline Vec exp_of_negative(Vec x) {
+  static_assert(degree == 7 || degree == 4);
   const Vec magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
   Vec shifted = x * 1.44269504088896341f + magic;
   Vec n = shifted - magic;
   Vec r = x - n * 0.693145751953125f;
   r = r - n * 1.42860682030941723e-6f;
-  Vec p = all(1.f / 5040);
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
+  Vec p = all(1.f / 24);
+  if constexpr (degree == 7) {
+    p = all(1.f / 5040);
+    p = p * r + 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+  }
   p = p * r + 1.f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.f;
@@ -161,12 +167,14 @@ inline Vec exp_of_negative(Vec x) {
   return choose(x < -87.3f, Vec{}, p * power);
 }
 
-// dst[i][j] = src[j][i] for a square of 16 x 16 words of 32 bits; strides in words.
-inline void transpose16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride) {
+// A square of 16 x 16 words of 32 bits, transposed: calls put(i, j, v) with W words of column i of `src` from its row j
+// on, for every i and every j that W divides.
+template <class Put>
+inline void transposed16(const float* src, int64_t stride, const Put& put) {
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(src + i * src_stride);
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(src + i * stride);
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
@@ -188,14 +196,19 @@ inline void transpose16(float* dst, int64_t dst_stride, const float* src, int64_
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_ps(dst + i * dst_stride, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
-    _mm512_storeu_ps(dst + (i + 8) * dst_stride, _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
-    _mm512_storeu_ps(dst + (i + 4) * dst_stride, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
-    _mm512_storeu_ps(dst + (i + 12) * dst_stride, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+    put(i, 0, (Vec)_mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+    put(i + 8, 0, (Vec)_mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
+    put(i + 4, 0, (Vec)_mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
+    put(i + 12, 0, (Vec)_mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
   }
 #else
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) dst[i * dst_stride + j] = src[j * src_stride + i];
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; j += W) {
+      Vec v;
+      for (int n = 0; n < W; ++n) v[n] = src[(j + n) * stride + i];
+      put(i, j, v);
+    }
+  }
 #endif
 }
 

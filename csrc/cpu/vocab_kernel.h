@@ -40,7 +40,7 @@ inline bool any(Int where) {
 }
 
 // Takes the tile's row into its running sums. The sum of this tile is in float32, that of all tiles in float64.
-// Scratch holds one row, filled up to whole vectors.
+// Scratch is left with the row's x, filled up to whole vectors.
 template <class T, bool entropies>
 inline void add_vocab_row(const mlmfast::VocabTile& tile, int64_t r, mlmfast::VocabSums* sums, float* x) {
   const VocabRow<T> row(tile, r);
@@ -55,13 +55,13 @@ inline void add_vocab_row(const mlmfast::VocabTile& tile, int64_t r, mlmfast::Vo
       most[n] = larger(most[n], v);
     }
   }
-  for (; i < tile.width; ++i) x[i] = row.one(i);
+  float here = largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
+  for (; i < tile.width; ++i) {
+    x[i] = row.one(i);
+    here = x[i] > here ? x[i] : here;
+  }
   for (; i % (4 * W); ++i) x[i] = nothing;
   const int64_t whole = i;
-  if (whole)
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) most[n] = larger(most[n], load(x + whole - (n + 1) * W));
-  const float here = largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
   const float top = sums->most > here ? sums->most : here;
   const Vec anchor = all(top == nothing ? 0 : top);  // where every token is impossible so far, they add nothing
   Vec total[4] = {}, weighted[4] = {};

@@ -54,7 +54,7 @@ void vocab_ranks(const Tensor& logits, const std::optional<Tensor>& bias, double
   STD_TORCH_CHECK(ranks.size(0) == of.count, op, ": ranks must have a place a target");
   const float* than = found.const_data_ptr<float>();
   int64_t* rank = static_cast<int64_t*>(ranks.mutable_data_ptr());
-  for_each(of.count, vocab_grain(tile), [&](int64_t i) {
+  for_each(of.count, rows_at_a_time(tile.width), [&](int64_t i) {
     if (of.has(i)) rank[i] += above(tile, of.rows[i] - first_row, than[i]);
   });
 }

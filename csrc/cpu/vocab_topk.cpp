@@ -20,7 +20,7 @@ void vocab_best(const Tensor& logits, const std::optional<Tensor>& bias, double 
   if (k == 0) return;
   float* value = static_cast<float*>(values.mutable_data_ptr());
   int64_t* id = static_cast<int64_t*>(ids.mutable_data_ptr());
-  for_each(logits.size(0), vocab_grain(tile), [&](int64_t row) {
+  for_each(logits.size(0), rows_at_a_time(tile.width), [&](int64_t row) {
     serve(tile, row, first, k, last, value + row * k, id + row * k);
   });
 }

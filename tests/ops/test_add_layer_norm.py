@@ -10,15 +10,33 @@ from op_cases import (
     Backend,
     assert_as_good_as_torch,
     check_registration,
+    moved,
     on_every_backend,
     on_every_backend_in_float32,
+    on_every_cpu_path,
     randn,
+    serving,
 )
 from torch import Tensor
 
+from mlmfast import backends
 from mlmfast.ops.add_layer_norm import add_layer_norm
 
-SHAPES = [(1, 1), (1, 7), (5, 32), (3, 63), (2, 257), (64, 65), (0, 16)]
+SHAPES = [
+    (1, 1),
+    (2, 3),
+    (1, 7),
+    (2, 15),
+    (2, 16),
+    (2, 17),
+    (5, 32),
+    (3, 63),
+    (2, 257),
+    (64, 65),
+    (70, 768),
+    (2, 1000),
+    (0, 16),
+]
 
 
 def plain(
@@ -71,6 +89,58 @@ def test_rows_far_from_zero(backend: Backend) -> None:
     values = arguments(4, 64)
     values[0] = values[0] + 300
     assert_as_good_as_torch(backend, torch.float32, add_layer_norm, plain, values)
+
+
+@on_every_backend
+def test_rows_wherever_they_begin(backend: Backend, dtype: torch.dtype) -> None:
+    """Slices of a wider product and transposed views: each the same as its contiguous copy."""
+    x, residual, bias, weight, norm_bias, eps = moved(arguments(9, 20), backend, dtype)
+    wide = torch.cat([residual, x, residual], dim=1)
+    with serving(backend):
+        whole = add_layer_norm(x, residual, bias, weight, norm_bias, eps)
+        assert torch.equal(add_layer_norm(wide[:, 20:40], wide[:, 40:], bias, weight, norm_bias, eps), whole)
+        assert torch.equal(add_layer_norm(x.T.contiguous().T, residual, bias, weight, norm_bias, eps), whole)
+        every_other = torch.stack([weight, norm_bias], dim=1)
+        assert torch.equal(add_layer_norm(x, residual, bias, every_other[:, 0], every_other[:, 1], eps), whole)
+
+
+@on_every_backend_in_float32
+def test_weights_of_another_dtype(backend: Backend) -> None:
+    x, residual, bias, weight, norm_bias, eps = moved(arguments(3, 20), backend, torch.float32)
+    x, residual = x.bfloat16(), residual.bfloat16()
+    truth = plain(x.double(), residual.double(), bias.double(), weight.double(), norm_bias.double(), eps)
+    with backends.forced(backend.name):
+        got = add_layer_norm(x, residual, bias, weight, norm_bias, eps)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), truth, rtol=2**-8, atol=1e-5)
+
+
+@on_every_cpu_path
+def test_threads_change_nothing(backend: Backend) -> None:
+    given = moved(arguments(333, 100), backend, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        with serving(backend):
+            alone = add_layer_norm(*given)
+            torch.set_num_threads(3)
+            assert torch.equal(add_layer_norm(*given), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@on_every_cpu_path
+def test_arguments_that_do_not_fit(backend: Backend) -> None:
+    x, residual, bias, weight, norm_bias, eps = moved(arguments(3, 20), backend, torch.float32)
+    with serving(backend):
+        with pytest.raises(RuntimeError, match="residual must have as many rows"):
+            add_layer_norm(x, residual[:2], bias, weight, norm_bias, eps)
+        with pytest.raises(RuntimeError, match="residual must be rows of width 20"):
+            add_layer_norm(x, residual[:, :9], bias, weight, norm_bias, eps)
+        for place, name in ((2, "bias"), (3, "norm_weight"), (4, "norm_bias")):
+            short = [x, residual, bias, weight, norm_bias, eps]
+            short[place] = short[place][:19]
+            with pytest.raises(RuntimeError, match=f"{name} must be one contiguous row of 20"):
+                add_layer_norm(*short)
 
 
 @on_every_backend_in_float32

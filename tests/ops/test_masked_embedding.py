@@ -12,9 +12,12 @@ from op_cases import (
     assert_as_good_as_torch,
     bounds,
     check_registration,
+    moved,
     on_every_backend,
     on_every_backend_in_float32,
+    on_every_cpu_path,
     randn,
+    serving,
 )
 from torch import Tensor
 
@@ -109,7 +112,7 @@ def test_what_may_be_left_out(backend: Backend, dtype: torch.dtype, given: str) 
 
 
 @on_every_backend_in_float32
-@pytest.mark.parametrize("width", [1, 7, 63, 65, 257])
+@pytest.mark.parametrize("width", [1, 3, 7, 15, 16, 17, 63, 65, 257, 768, 1000])
 def test_widths(backend: Backend, width: int) -> None:
     assert_as_good_as_torch(backend, torch.float32, masked_embedding, plain, arguments([3, 4], width))
 
@@ -120,6 +123,64 @@ def test_masks_nowhere_and_everywhere(backend: Backend, masked: list[int]) -> No
     given = arguments([3, 4])
     given[1] = torch.tensor(masked, dtype=torch.int64)
     assert_as_good_as_torch(backend, torch.float32, masked_embedding, plain, given)
+
+
+@on_every_backend_in_float32
+def test_no_rows(backend: Backend) -> None:
+    given = moved(arguments([1]), backend, torch.float32)
+    for i in (0, 1, 4, 6):  # token ids, masked rows, position ids, token types
+        given[i] = given[i] if given[i] is None else given[i][:0]
+    with serving(backend):
+        assert masked_embedding(*given).shape == (0, 16)
+
+
+@on_every_backend
+def test_tables_wherever_their_rows_begin(backend: Backend, dtype: torch.dtype) -> None:
+    """Slices of wider tables and transposed ones: each the same as its contiguous copy."""
+    given = moved(arguments([5, 3], 24), backend, dtype)
+    with serving(backend):
+        whole = masked_embedding(*given)
+        for place in (3, 5, 7):  # words, positions, types
+            table = given[place]
+            for view in (torch.cat([table, table], dim=1)[:, 24:], table.T.contiguous().T):
+                assert torch.equal(masked_embedding(*given[:place], view, *given[place + 1 :]), whole)
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("bad", ["-1", "end", "far"])
+@pytest.mark.parametrize(
+    ("place", "end", "message"),
+    [
+        (0, 23, "words has rows 0 to 22"),
+        (1, 8, "there are 8 rows"),
+        (2, 23, "words has rows 0 to 22"),
+        (4, 6, "positions has rows 0 to 5"),
+        (6, 2, "types has rows 0 to 1"),
+    ],
+)
+def test_ids_out_of_range_name_their_table(backend: Backend, place: int, end: int, message: str, bad: str) -> None:
+    """Nothing is read or written outside: an error instead."""
+    given = moved(arguments([5, 3], given="positions token types types norm"), backend, torch.float32)
+    value = {"-1": -1, "end": end, "far": 1 << 40}[bad]
+    if place == 2:
+        given[2] = value
+    else:
+        unmasked = next(i for i in range(8) if i not in given[1].tolist())
+        given[place][0 if place == 1 else unmasked] = value
+    with serving(backend), pytest.raises(RuntimeError, match=message):
+        masked_embedding(*given)
+
+
+@on_every_cpu_path
+def test_bounds_that_do_not_fit(backend: Backend) -> None:
+    given = moved(arguments([5, 3], given="scale"), backend, torch.float32)
+    for bounds_, message in [([0, 5, 9], "run from 0"), ([1, 5, 8], "run from 0"), ([0, 9, 8], "out of order")]:
+        given[-1] = torch.tensor(bounds_, dtype=torch.int32)
+        with serving(backend), pytest.raises(RuntimeError, match=message):
+            masked_embedding(*given)
+    given[-1] = torch.tensor([0, 8], dtype=torch.int32)
+    with serving(backend), pytest.raises(RuntimeError, match="as many copies"):
+        masked_embedding(*given)
 
 
 @on_every_backend_in_float32

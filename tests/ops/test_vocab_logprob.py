@@ -13,11 +13,14 @@ from op_cases import (
     moved,
     on_every_backend,
     on_every_backend_in_float32,
+    on_every_cpu_path,
     randn,
     serving,
 )
 from torch import Tensor
 
+from mlmfast.cpu import vocab_logprob as cpu_module
+from mlmfast.cpu import vocab_tiles
 from mlmfast.ops.vocab_logprob import vocab_logprob
 from mlmfast.reference import vocab_rows as reference_module
 
@@ -25,7 +28,11 @@ SHAPES = [
     (1, 1, 1, 1),
     (1, 5, 17, 1),
     (5, 33, 257, 9),
+    (2, 15, 15, 3),
+    (2, 16, 16, 3),
+    (2, 17, 65, 3),
     (64, 16, 130, 64),
+    (3, 768, 1000, 5),
     (3, 8, 1031, 200),
     (7, 8, 64, 0),
     (0, 8, 64, 0),
@@ -109,12 +116,16 @@ def test_one_sided_distributions(backend: Backend, sharpness: float) -> None:
 def underflowing(*given: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     logprobs, ranks, spread = plain(*given, **options)
     hidden, vocabulary, bias = given[:3]
-    logits = hidden @ vocabulary.T + bias
+    logits = (hidden @ vocabulary.T + bias) / (given[5] if len(given) > 5 else 1)
     return logprobs, ranks, torch.special.entr(torch.softmax(logits, dim=1)).sum(1) if len(spread) else spread
 
 
 @on_every_backend_in_float32
 def test_ranks(backend: Backend) -> None:
+    check_ranks(backend)
+
+
+def check_ranks(backend: Backend) -> None:
     """Whole numbers, so that every backend finds the same ties: a rank counts what is strictly better."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randint(-2, 3, (9, 4), generator=generator).double()
@@ -141,6 +152,69 @@ def test_a_row_does_not_depend_on_the_others(backend: Backend) -> None:
             vocab_logprob(hidden[i : i + 1], vocabulary, bias, targets[i : i + 1], targets[:1])[0] for i in range(33)
         ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
+
+
+@on_every_backend_in_float32
+def test_one_target_many_times(backend: Backend) -> None:
+    given = arguments(3, 8, 50, 400)
+    given[3], given[4] = torch.full((400,), 49), torch.full((400,), 1)
+    assert_as_good_as_torch(backend, torch.float32, vocab_logprob, plain, given, ranks=True)
+    with serving(backend):
+        logprobs, ranks, _ = vocab_logprob(*moved(given, backend, torch.float32), ranks=True)
+    assert len(logprobs.unique()) == len(ranks.unique()) == 1
+
+
+@on_every_backend_in_float32
+def test_impossible_tokens(backend: Backend) -> None:
+    """A bias of -inf forbids a token, the first ones too; the others share the probability."""
+    given = arguments(4, 8, 300, 12)
+    given[2][:270] = -torch.inf
+    given[3] = 270 + given[3] % 30
+    assert_as_good_as_torch(backend, torch.float32, vocab_logprob, underflowing, given, ranks=True, entropies=True)
+    given[3] = torch.zeros(12, dtype=torch.int64)
+    with serving(backend):
+        logprobs, ranks, _ = vocab_logprob(*moved(given, backend, torch.float32), ranks=True)
+    assert bool((logprobs == -torch.inf).all()) and ranks.tolist() == [31] * 12
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "rows", "logits"), [(1, 64, 1 << 24), (16, 1, 1), (17, 4, 900), (64, 3, 1 << 24)])
+def test_tiles(
+    backend: Backend, dtype: torch.dtype, tokens: int, rows: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of any number of tokens and rows: a target finds its tile, and its rank counts those before and after."""
+    monkeypatch.setattr(vocab_tiles, "TOKENS", tokens)
+    monkeypatch.setattr(cpu_module, "ROWS", rows)
+    monkeypatch.setattr(cpu_module, "LOGITS", logits)
+    given = arguments(10, 8, 131, 70)
+    given[2][:40] = -torch.inf  # whole tiles
+    given[3] = 40 + given[3] % 91
+    for temperature in (1.0, 0.6):
+        assert_as_good_as_torch(
+            backend, dtype, vocab_logprob, underflowing, [*given, temperature], ranks=True, entropies=True
+        )
+    check_ranks(backend)
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize(("place", "name"), [(3, "targets"), (4, "target_rows")])
+@pytest.mark.parametrize("bad", [-1, 64, 1 << 40], ids=str)
+def test_targets_out_of_range(backend: Backend, place: int, name: str, bad: int) -> None:
+    given = moved(arguments(3, 8, 64, 4), backend, torch.float32)
+    given[place][2] = bad
+    with serving(backend), pytest.raises(IndexError, match=rf"{name} must be in \[0, {64 if place == 3 else 3}\)"):
+        vocab_logprob(*given, ranks=True)
+
+
+@on_every_cpu_path
+def test_a_broken_model_is_not_a_number(backend: Backend) -> None:
+    hidden, vocabulary, bias, _, _ = moved(arguments(3, 8, 100, 0), backend, torch.float32)
+    hidden[1, 2] = torch.nan
+    rows = torch.arange(3)
+    with serving(backend):
+        logprobs, _, spread = vocab_logprob(hidden, vocabulary, bias, rows, rows, entropies=True)
+    assert logprobs.isnan().tolist() == spread.isnan().tolist() == [False, True, False]
 
 
 @on_every_backend_in_float32

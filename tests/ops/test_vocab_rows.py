@@ -11,14 +11,16 @@ from op_cases import (
     moved,
     on_every_backend,
     on_every_backend_in_float32,
+    on_every_cpu_path,
     randn,
     serving,
 )
 from torch import Tensor
 
+from mlmfast.cpu import vocab_tiles
 from mlmfast.ops.vocab_rows import vocab_rows
 
-SHAPES = [(1, 1, 1), (1, 5, 17), (5, 33, 257), (64, 16, 130), (3, 8, 1031), (0, 8, 64)]
+SHAPES = [(1, 1, 1), (1, 5, 17), (5, 33, 257), (2, 15, 16), (64, 16, 130), (3, 768, 1000), (3, 8, 1031), (0, 8, 64)]
 
 
 def plain(hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
@@ -51,6 +53,14 @@ def test_rows_are_distributions(backend: Backend, dtype: torch.dtype) -> None:
 def test_one_sided_distributions(backend: Backend) -> None:
     given = arguments(6, 8, 50, sharpness=3000.0)
     assert_as_good_as_torch(backend, torch.float32, vocab_rows, plain, given)
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 64])
+def test_tiles(backend: Backend, dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocab_tiles, "TOKENS", tokens)
+    assert_as_good_as_torch(backend, dtype, vocab_rows, plain, [*arguments(5, 8, 131), 0.7])
 
 
 @on_every_backend_in_float32

@@ -13,11 +13,13 @@ from op_cases import (
     moved,
     on_every_backend,
     on_every_backend_in_float32,
+    on_every_cpu_path,
     randn,
     serving,
 )
 from torch import Tensor
 
+from mlmfast.cpu import vocab_tiles
 from mlmfast.ops.vocab_topk import vocab_topk
 from mlmfast.reference import vocab_rows as reference_module
 
@@ -26,7 +28,12 @@ SHAPES = [
     (1, 5, 17, 3),
     (5, 33, 257, 10),
     (64, 16, 130, 1),
+    (2, 15, 15, 4),
+    (2, 16, 64, 5),
+    (2, 17, 65, 2),
+    (3, 768, 1000, 10),
     (3, 8, 1031, 100),
+    (3, 8, 40, 0),
     (4, 8, 64, 64),
     (0, 8, 64, 5),
 ]
@@ -82,6 +89,43 @@ def test_ties_are_different_tokens(backend: Backend) -> None:
         logprobs, ids = vocab_topk(*moved([hidden, vocabulary, None, 30], backend, torch.float32))
     assert all(sorted(row) == list(range(30)) for row in ids.tolist())
     torch.testing.assert_close(logprobs.cpu(), torch.full((3, 30), 1 / 30).log())
+
+
+@on_every_cpu_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 64, 100])
+@pytest.mark.parametrize("k", [1, 5, 64, 130, 211])
+def test_tiles(backend: Backend, dtype: torch.dtype, tokens: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of any number of tokens, fewer and more than k; among equals the lowest ids, as a stable sort has them."""
+    monkeypatch.setattr(vocab_tiles, "TOKENS", tokens)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randint(-2, 3, (9, 4), generator=generator).double()
+    vocabulary = torch.randint(-2, 3, (211, 4), generator=generator).double()
+    with serving(backend):
+        logprobs, ids = vocab_topk(*moved([hidden, vocabulary, None, k, 0.5], backend, dtype))
+    values, order = rows_of(hidden, vocabulary, None, 0.5).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(ids, order[:, :k])
+    torch.testing.assert_close(logprobs.double(), values[:, :k], rtol=1e-6, atol=1e-6)
+
+
+@on_every_cpu_path
+def test_a_broken_model_is_not_a_number(backend: Backend) -> None:
+    """NaN stays NaN, and ids stay ids."""
+    hidden, vocabulary, bias, k = moved(arguments(3, 8, 200, 7), backend, torch.float32)
+    hidden[1, 2] = torch.nan
+    bias[[3, 90]] = -torch.inf
+    with serving(backend):
+        logprobs, ids = vocab_topk(hidden, vocabulary, bias, k)
+        everything = vocab_topk(hidden, vocabulary, bias, 200)[1]
+    assert logprobs.isnan().all(1).tolist() == [False, True, False] and not logprobs[::2].isnan().any()
+    assert all(len(set(row)) == 7 for row in ids.tolist())
+    assert all(sorted(row) == list(range(200)) for row in everything.tolist())
+
+
+@on_every_cpu_path
+def test_more_than_there_are(backend: Backend) -> None:
+    with serving(backend), pytest.raises(ValueError, match=r"k must be in \[0, 40\]"):
+        vocab_topk(*moved(arguments(3, 8, 40, 41), backend, torch.float32))
 
 
 @on_every_backend_in_float32
