@@ -8,6 +8,15 @@ TORCH_FLAGS ?=
 CORPUS ?=
 WORDNET ?= /usr/share/wordnet
 
+# make bench-cpu
+TEXTS ?=
+FIELD ?= text
+PAIRS ?= 7
+RESULTS ?= benchmarks/results
+PEERS ?= hf,hf-compile,minicons,onnxruntime,openvino
+PEERS_BFLOAT16 ?= hf,hf:float32,hf-compile,minicons,openvino
+BENCH_PLL = $(VENV)/bin/mlmfast bench pll --lengths 24,64,128,512 --texts $(TEXTS) --field $(FIELD) --pairs $(PAIRS)
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 LINTED := mlmfast kernels benchmarks examples tests training setup.py
@@ -17,7 +26,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(USABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-all lint format bench tiny clean
+.PHONY: demo test test-all lint format bench bench-cpu figure tiny clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,6 +49,20 @@ format: $(VENV)/.installed-lint
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/mlmfast bench pll
+
+# Everything measured on a CPU, then the figure and the table: an hour on a machine with nothing else to do.
+# Exit status 1 of a benchmark: some rows disagree. They have no speeds, and the figure says so.
+bench-cpu: $(VENV)/.installed-bench
+	@test -n "$(TEXTS)" || { echo 'make bench-cpu TEXTS=file [FIELD=text] [PAIRS=7]: real sentences to score'; exit 2; }
+	$(BENCH_PLL) --output $(RESULTS)/cpu_float32.json --against $(PEERS) || test $$? -eq 1
+	$(BENCH_PLL) --output $(RESULTS)/cpu_bfloat16.json --against $(PEERS_BFLOAT16) --dtype bfloat16 || test $$? -eq 1
+	$(VENV)/bin/mlmfast bench texts $(TEXTS) --field $(FIELD) --rounds $(PAIRS) --output $(RESULTS)/cpu_texts.json \
+	  || test $$? -eq 1
+	$(MAKE) figure
+
+figure: $(VENV)/.installed-bench
+	$(PY) benchmarks/figure.py $(wildcard $(addprefix $(RESULTS)/cpu_,float32.json bfloat16.json texts.json)) \
+	  --output $(RESULTS)/cpu
 
 tiny: $(VENV)/.installed
 	@test -n "$(CORPUS)" || { echo 'make tiny CORPUS="folder/*.txt.gz" [WORDNET=folder]: texts to train on'; exit 2; }
@@ -70,6 +93,11 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need"
 	@$(PIP) --editable ".[test]"
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@echo "Installing what the benchmarks compare with, and what draws the figure"
+	@$(PIP) --editable ".[bench,peers]"
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test

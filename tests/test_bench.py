@@ -21,8 +21,11 @@ import mlmfast.cli
 from mlmfast.bench import app
 from mlmfast.bench.copies import savings
 from mlmfast.bench.peers import HuggingFaceEager
-from mlmfast.bench.pll import Bench, agreement, interleaved
+from mlmfast.bench.pll import Bench, Truth, agreement, interleaved
+from mlmfast.bench.sentences import read_sentences, tiny_tokenizer, token_sequences
 from mlmfast.bench.shapes import SHAPES
+from mlmfast.bench.texts import TRIAL, HuggingFaceLoop, loaded
+from mlmfast.bench.texts import run as run_texts
 from mlmfast.bench.work import Peak, useful_flops
 from mlmfast.errors import RequestError
 from mlmfast.masking import MaskPlan, TokenSequence, make_plan
@@ -30,6 +33,8 @@ from mlmfast.packing import pack, unique_copies
 
 KEYS = ["shape", "length", "copies", "dtype", "backend", "peer"]
 KEYS += ["seconds", "peer_seconds", "ratio", "peak_share", "max_abs_diff"]
+KEYS += ["case", "peer_dtype", "shortest", "tokens"]
+KEYS += ["seconds_quartiles", "peer_seconds_quartiles", "ratio_quartiles"]
 PRODUCT = ((32, 32, 32),)
 
 
@@ -64,6 +69,10 @@ def test_json_rows_have_exactly_the_agreed_keys(tmp_path: Path) -> None:
         assert row["ratio"] == pytest.approx(row["peer_seconds"] / row["seconds"])
         assert row["max_abs_diff"] < 1e-3
         assert row["peak_share"] > 0
+        for name in ("seconds", "peer_seconds"):
+            low, high = row[f"{name}_quartiles"]
+            assert 0 < low <= row[name] <= high
+        assert (row["case"], row["shortest"], row["tokens"]) == ("random", row["length"], 12 * row["length"])
     written = json.loads(output.read_text())
     assert written["rows"] == rows
     assert {"cpu", "threads", "torch", "transformers", "mlmfast", "commit", "settings"} <= set(written["header"])
@@ -91,7 +100,7 @@ def test_no_speed_where_the_two_disagree(monkeypatch: pytest.MonkeyPatch) -> Non
     assert good["ratio"] is not None
     table = invoke(*arguments).stdout
     assert "disagree" in table
-    assert table.count("x  ") == 1, table  # the other row's ratio alone
+    assert table.count("x (") == 1, table  # the other row's ratio alone
 
 
 def test_agreement_judges_each_dtype_by_its_bound() -> None:
@@ -99,9 +108,28 @@ def test_agreement_judges_each_dtype_by_its_bound() -> None:
     assert agreement(theirs + np.float32([5e-5, 1e-3]), theirs).holds
     assert not agreement(theirs + np.float32([2e-4, 0]), theirs).holds  # likely tokens have the absolute bound
     assert not agreement(theirs * np.float32(np.nan), theirs).holds
-    truth = theirs + np.float32([0.01, 0])
-    assert agreement(truth + np.float32([0.0, 0.02]), theirs, truth).holds  # twice the peer's own error
-    assert not agreement(truth + np.float32([0.0, 0.03]), theirs, truth).holds
+
+    exact = np.full(100, -3.0, np.float32)
+
+    def off(by: float, tokens: int = 100) -> np.ndarray:
+        return exact + np.float32(by) * (np.arange(100) < tokens)
+
+    truth, narrow = Truth(exact, narrow=off(0.01)), ("bfloat16", "bfloat16")
+    assert agreement(off(0.02), off(-0.02), narrow, truth).holds  # twice plain torch's own error
+    assert agreement(off(0.03), off(0.02), narrow, truth).side == "mlmfast"
+    # A peer that is wrong is refused, and does not excuse mlmfast for being as wrong.
+    assert agreement(off(0.02), off(0.03), narrow, truth).side == "the peer"
+    for ours, theirs in ((0.02, 0.03), (0.03, 0.02), (0.03, 0.03), (0.02, np.nan)):
+        assert not agreement(off(ours), off(theirs), narrow, truth).holds
+    # One token may be farther off than the rest, but not by much.
+    assert agreement(off(0.04, 1), exact, narrow, truth).holds
+    assert not agreement(off(0.05, 1), exact, narrow, truth).holds
+    # A peer that rounds what it returns may be two spacings of bfloat16 off besides; mlmfast never.
+    assert agreement(off(0.02), off(0.04), narrow, truth, rounds=True).holds
+    assert not agreement(off(0.04), off(0.02), narrow, truth, rounds=True).holds
+    # A float32 peer of a bfloat16 mlmfast has to be right to float32's bound.
+    assert agreement(off(0.02), exact, ("bfloat16", "float32"), truth).holds
+    assert not agreement(off(0.02), off(1e-3), ("bfloat16", "float32"), truth).holds
 
 
 def test_weights_are_wide_enough_for_a_missing_term_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +173,10 @@ def test_impossible_requests_are_refused(toys: dict[str, Bench]) -> None:
         ["--lengths", "x"],
         ["--dtype", "int8"],
         ["--shapes", "toy-roberta", "--lengths", "9", "--against", "nobody"],
+        ["--shapes", "toy-roberta", "--lengths", "9", "--against", ""],
+        ["--shapes", "toy-roberta", "--lengths", "9", "--against", "hf:float16"],
+        ["--shapes", "toy-roberta", "--lengths", "9", "--peer-batch", "none"],
+        ["--shapes", "toy-roberta", "--lengths", "9", "--texts", "no such file"],
     ):
         assert invoke(*arguments).exit_code == 2
 
@@ -156,6 +188,125 @@ def test_peer_pads_unequal_texts(toys: dict[str, Bench]) -> None:
     alone = [bench.theirs([text]) for text in texts]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
     assert bench.agreement(texts).holds
+
+
+@pytest.mark.usefixtures("quick_peak")
+def test_long_texts_have_fewer_copies() -> None:
+    arguments = ["--shapes", "toy-roberta", "--lengths", "9,40", "--copies", "20", "--copy-tokens", "200"]
+    result = invoke(*arguments, "--pairs", "1", "--json")
+    assert [json.loads(line)["copies"] for line in result.stdout.splitlines()] == [20, 5]
+
+
+@pytest.mark.usefixtures("quick_peak")
+def test_every_peer_has_a_row_with_its_own_dtype() -> None:
+    arguments = ["--shapes", "toy-deberta", "--lengths", "12", "--copies", "10", "--dtype", "bfloat16", "--pairs", "2"]
+    result = invoke(*arguments, "--against", "hf,hf:float32", "--json")
+    assert result.exit_code == 0, result.output
+    narrow, wide = (json.loads(line) for line in result.stdout.splitlines())
+    assert (narrow["dtype"], narrow["peer_dtype"]) == ("bfloat16", "bfloat16")
+    assert (wide["dtype"], wide["peer_dtype"]) == ("bfloat16", "float32")
+    assert narrow["seconds"] == wide["seconds"]  # the same rounds
+    assert narrow["max_abs_diff"] > 1e-4
+    assert wide["max_abs_diff"] > 1e-4
+
+
+# ---- real sentences
+
+
+@pytest.fixture
+def sentence_file(tmp_path: Path) -> Path:
+    path = tmp_path / "sentences.jsonl"
+    path.write_text("\n".join(json.dumps({"sentence": text}) for text in checkpoints.sentences(40)))
+    return path
+
+
+def test_sentences_are_spread_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"text {i}\n" for i in [0, 0, *range(100)]) + "\n \n")
+    assert read_sentences(str(path), count=5) == ["text 0", "text 25", "text 50", "text 74", "text 99"]
+    assert len(read_sentences(str(path))) == 100  # no blank ones, none twice
+    with pytest.raises(RequestError, match="100 different"):
+        read_sentences(str(path), count=101)
+
+
+def test_sentences_become_tokens_of_any_shape() -> None:
+    texts = ["The cat sat.", "The dog that barked at the postman in the garden was asleep.", "\N{SNOWMAN} \u4e2d"]
+    pieces = tiny_tokenizer()(texts, add_special_tokens=False)["input_ids"]
+    for name in ("deberta-v3-base", "roberta-base", "toy-roberta"):
+        shape = SHAPES[name]
+        for sequence, ids in zip(token_sequences(shape, texts), pieces):
+            assert len(sequence) == len(ids) + 2
+            assert sequence.scored.sum() == len(ids)
+            words = sequence.token_ids[1:-1]
+            assert len(shape.special) <= words.min() <= words.max() < shape.settings["vocab_size"]
+            assert not sequence.scored[[0, -1]].any()
+    # Where the vocabulary is large enough, different pieces stay different.
+    known = token_sequences(SHAPES["roberta-base"], texts[:2])
+    assert [len(set(s.token_ids[1:-1])) for s in known] == [len(set(ids)) for ids in pieces[:2]]
+    with pytest.raises(RequestError, match="takes 1 to 62"):
+        token_sequences(SHAPES["toy-deberta"], ["word " * 80])
+
+
+@pytest.mark.usefixtures("quick_peak")
+def test_mixed_texts_are_one_request(sentence_file: Path) -> None:
+    arguments = ["--shapes", "toy-deberta", "--lengths", "9", "--copies", "4", "--pairs", "1", "--text-count", "6"]
+    result = invoke(*arguments, "--texts", str(sentence_file), "--field", "sentence", "--json")
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout.splitlines()[1])
+    texts = read_sentences(str(sentence_file), field="sentence", count=6)
+    lengths = [len(sequence) for sequence in token_sequences(SHAPES["toy-deberta"], texts)]
+    assert len(set(lengths)) > 1
+    assert (row["case"], row["shortest"], row["length"]) == ("texts", min(lengths), max(lengths))
+    assert row["copies"] == sum(lengths) - 2 * len(lengths)
+    assert row["tokens"] == sum(length * (length - 2) for length in lengths)
+
+
+def test_texts_from_end_to_end(sentence_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "texts.json"
+    arguments = ["texts", str(sentence_file), "--field", "sentence", "--count", "12", "--models", "tiny"]
+    arguments += ["--against", "hf", "--rounds", "3", "--output", str(output)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["agrees"]
+    assert row["ratio"] == pytest.approx(row["texts_per_second"] / row["peer_texts_per_second"])
+    assert len(row["ratio_rounds"]) == 3
+    assert f"{row['ratio']:.2f}x" in result.stdout
+
+    honest = HuggingFaceLoop.__call__
+    monkeypatch.setattr(HuggingFaceLoop, "__call__", lambda self, texts: [x + 0.1 for x in honest(self, texts)])
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "disagrees" in result.stdout
+    assert "texts_per_second" not in json.loads(output.read_text())["rows"][0]
+
+
+def test_a_text_that_is_wrong_in_a_timed_round_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = checkpoints.sentences(60)
+    honest, last = HuggingFaceLoop.__call__, texts[-1]  # not among those of the trial
+
+    def wrong(self: HuggingFaceLoop, batch: list[str]) -> list[float]:
+        return [x + 0.1 * (text == last) for x, text in zip(honest(self, batch), batch)]
+
+    monkeypatch.setattr(HuggingFaceLoop, "__call__", wrong)
+    assert last not in texts[:: len(texts) // TRIAL]
+    _, row = run_texts(["tiny"], texts, against=["hf"], rounds=2)
+    assert not row["agrees"]
+    assert "ratio" not in row
+
+
+def test_shapes_score_real_texts() -> None:
+    for name in ("deberta-v3-base", "roberta-base"):
+        small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        shape = SHAPES[name]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SHAPES, name, type(shape)(**(vars(shape) | {"settings": shape.settings | small})))
+            lm = loaded(name)
+        texts = checkpoints.sentences(4)
+        ours = [score.total for score in lm.score(texts)]
+        assert ours == pytest.approx(HuggingFaceLoop(lm.model, lm.tokenizer)(texts), rel=1e-5)
+    with pytest.raises(RequestError, match="fewer than real texts need"):
+        loaded("toy-roberta")
 
 
 def test_interleaved_rounds_turn_round() -> None:
@@ -204,18 +355,53 @@ def test_peak_is_the_best_of_its_samples() -> None:
     assert peak.sample() >= first
 
 
+# ---- the figure and its table
+
+
+@pytest.mark.usefixtures("quick_peak")
+def test_figure_and_table_show_losses(sentence_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = script("figure")
+    passes, texts = tmp_path / "passes.json", tmp_path / "texts.json"
+    arguments = ["--shapes", "toy-roberta", "--lengths", "9,12", "--copies", "7", "--pairs", "1"]
+    assert invoke(*arguments, "--output", str(passes)).exit_code == 0
+    command = ["texts", str(sentence_file), "--field", "sentence", "--count", "4", "--models", "tiny"]
+    command += ["--against", "hf", "--rounds", "2", "--output", str(texts)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+    result = json.loads(passes.read_text())
+    result["rows"][0] |= {"ratio": 0.5, "ratio_quartiles": [0.4, 0.6]}
+    result["rows"][1] |= {"ratio": None}
+    passes.write_text(json.dumps(result))
+    read = figure.read([passes, texts])
+    assert [len(kind) for kind in read] == [1, 1]
+    table = figure.tabulate(*read, "it.png")
+    assert "**0.5x (0.4-0.6)**" in table
+    assert table.count("disagrees") == 1
+    for known in ("torch", result["header"]["cpu"], str(result["header"]["commit"]), "| tiny |", "](it.png)"):
+        assert known in table
+    pytest.importorskip("matplotlib", reason='the figure needs matplotlib: pip install "mlmfast[bench]"')
+    monkeypatch.setattr("sys.argv", ["figure.py", str(passes), str(texts), "--output", str(tmp_path / "drawn")])
+    figure.main()
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert "**0.5x" in (tmp_path / "drawn.md").read_text()
+
+
 # ---- copies saved, and BLiMP's accounts
 
 
-@pytest.fixture(scope="module")
-def blimp() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "blimp.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_blimp", path)
+def script(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def blimp() -> ModuleType:
+    return script("blimp")
 
 
 def brute_force(lm: Any, texts: list[str], spans: list[tuple[int, int]] | None, metric: str) -> set[tuple[int, ...]]:

@@ -1,0 +1,61 @@
+"""What mlmfast is compared with. A peer takes the same weights and the same plan and returns the same numbers.
+
+``--against`` names them, commas between; ``:float32`` or ``:bfloat16`` after a name gives that peer a dtype of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from mlmfast.bench.peers.exported import OnnxRuntime, OpenVINO
+from mlmfast.bench.peers.huggingface import HuggingFaceCompiled, HuggingFaceEager
+from mlmfast.bench.peers.minicons import Minicons
+from mlmfast.bench.peers.subject import Peer, Subject
+from mlmfast.errors import RequestError
+
+__all__ = ["PEERS", "HuggingFaceCompiled", "HuggingFaceEager", "Minicons", "OnnxRuntime", "OpenVINO", "Peer", "Subject"]
+__all__ += ["named", "versions"]
+
+PEERS: dict[str, type[Peer]] = {
+    "hf": HuggingFaceEager,
+    "hf-compile": HuggingFaceCompiled,
+    "minicons": Minicons,
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVINO,
+}
+
+
+def named(against: Sequence[str], dtype: str) -> dict[str, tuple[type[Peer], str]]:
+    """The peers that ``--against`` names, each with the dtype it computes in.
+
+    Args:
+        against: names of :data:`PEERS`, ``:dtype`` after one that computes in another dtype than mlmfast.
+        dtype: mlmfast's.
+
+    Raises:
+        RequestError: a name that is not known or not installed, or a dtype that a peer does not compute in.
+    """
+    if not against:
+        raise RequestError(f"--against names nobody; choose from {', '.join(PEERS)}")
+    found: dict[str, tuple[type[Peer], str]] = {}
+    for label in against:
+        name, _, own = label.partition(":")
+        if name not in PEERS:
+            raise RequestError(f"peer {name!r} is not known; choose from {', '.join(PEERS)}")
+        peer, chosen = PEERS[name], own or dtype
+        if chosen not in peer.dtypes:
+            instead = f"; --against {name}:{peer.dtypes[0]} compares with its {peer.dtypes[0]}" if not own else ""
+            raise RequestError(f"{name} computes in {' or '.join(peer.dtypes)} here, not in {chosen}{instead}")
+        missing = [package for package in peer.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            raise RequestError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        found[label] = (peer, chosen)
+    return found
+
+
+def versions(against: Sequence[str]) -> dict[str, str]:
+    """Versions of the packages that only peers need."""
+    packages = {package for label in against for package in PEERS[label.partition(":")[0]].packages}
+    return {package: version(package) for package in sorted(packages)}
