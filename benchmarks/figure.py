@@ -175,7 +175,8 @@ def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], 
     lines += [
         "Medians of interleaved rounds, quartiles in brackets; a ratio is that of the medians, its quartiles are those "
         "of single rounds' ratios. Above 1 is a win for mlmfast; **losses are bold**. Every row's log-probabilities "
-        "were compared first; a row whose sides disagree has no speed. *Of peak* is the useful work over the machine's best matrix product in the same run.",
+        "were compared first; a row whose sides disagree has no speed. *Of peak* is the useful work over the machine's "
+        "best matrix product in the same run.",
         "",
     ]
     for result in passes:
