@@ -19,17 +19,21 @@ pytest.importorskip("build", reason="the package build makes the archives: pip i
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "NOTICE")
+COMPILERS = ("c++", "g++", "clang++")
+COMPILER = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", *DOCUMENTS)
 
 # Run outside the checkout, whose editable install must not be what is imported: hence the look at __file__.
 PROBE = """
 import sys
-import mlmfast, mlmfast.kernels
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import mlmfast, mlmfast.cpu, mlmfast.kernels
 for module in (mlmfast, mlmfast.kernels):
     assert module.__file__.startswith(sys.argv[1]), f"{module.__name__} came from {module.__file__}"
 score = mlmfast.load("tiny").score(["The cat sat on the mat."])[0]
 assert len(score) > 4 and score.total < 0, score
 print(mlmfast.__version__)
+print(mlmfast.cpu.instructions())
 """
 
 
@@ -58,9 +62,16 @@ def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in found}
 
 
-@pytest.fixture(scope="module", params=["isolated", "no-isolation"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether the wheel of this parameter must hold the extension."""
+    return COMPILER is not None and "no-isolation" in getattr(request, "param", request.node.name)
+
+
+@pytest.fixture(scope="module", params=["isolated", "no-isolation", "no compiler"])
 def archives(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, and the wheel built from it, of a copy of the sources (building leaves traces beside them)."""
+    if request.param == "no compiler" and any(Path(sys.executable).with_name(name).exists() for name in COMPILERS):
+        pytest.skip("a compiler lies beside this Python")
     scratch = tmp_path_factory.mktemp("archives")
     if request.param == "isolated":
         skip_without_index(scratch)
@@ -68,28 +79,39 @@ def archives(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     sources.mkdir()
     for name in SOURCES:
         shutil.copy(ROOT / name, sources)
-    for name in ("mlmfast", "kernels"):
-        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
-    how = ["--no-isolation"] if request.param == "no-isolation" else []
-    run("-m", "build", *how, "--outdir", scratch / "dist", sources, cwd=scratch)
+    for name in ("mlmfast", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    how = ["--no-isolation"] if request.param != "isolated" else []
+    # 1: a failure to compile must not pass. An isolated build's environment has no torch, hence no headers.
+    variables = {"MLMFAST_BUILD_CPU": "1" if compiled(request) else "auto"}
+    if request.param == "no compiler":  # on the path, Python alone
+        variables = {"MLMFAST_BUILD_CPU": "auto", "CXX": "", "PATH": str(Path(sys.executable).parent)}
+    run("-m", "build", *how, "--outdir", scratch / "dist", sources, cwd=scratch, **variables)
     (sdist,) = (scratch / "dist").glob("*.tar.gz")
     (wheel,) = (scratch / "dist").glob("*.whl")
     return sdist, wheel
 
 
-def test_archives_hold_everything(archives: tuple[Path, Path]) -> None:
+def test_archives_hold_everything(archives: tuple[Path, Path], request: pytest.FixtureRequest) -> None:
     sdist, wheel = archives
-    package, kernels = files_below(ROOT / "mlmfast"), files_below(ROOT / "kernels")
+    package = {name for name in files_below(ROOT / "mlmfast") if not name.endswith(".so")}
+    kernels, sources = files_below(ROOT / "kernels"), files_below(ROOT / "csrc")
 
     with tarfile.open(sdist) as archive:
         members = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
     assert {f"mlmfast/{name}" for name in package} <= members
     assert {f"kernels/{name}" for name in kernels} <= members
+    assert {f"csrc/{name}" for name in sources} <= members
     assert set(SOURCES) <= members
+    assert not any(name.endswith(".so") for name in members)
 
     with zipfile.ZipFile(wheel) as archive:
         members = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert members == {f"mlmfast/{name}" for name in package} | {f"mlmfast/kernels/{name}" for name in kernels}
+    expected = {f"mlmfast/{name}" for name in package} | {f"mlmfast/kernels/{name}" for name in kernels}
+    if compiled(request):
+        expected.add("mlmfast/_cpu.abi3.so")  # one for every Python and torch
+        assert "-cp310-abi3-" in wheel.name
+    assert members == expected
 
 
 def test_metadata(archives: tuple[Path, Path]) -> None:
@@ -105,9 +127,13 @@ def test_metadata(archives: tuple[Path, Path]) -> None:
     assert "mlmfast = mlmfast.cli:main" in scripts
 
 
-def test_wheel_works_from_another_folder(archives: tuple[Path, Path], tmp_path: Path) -> None:
+def test_wheel_works_from_another_folder(
+    archives: tuple[Path, Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, archives[1], cwd=elsewhere)
     version = run("-c", PROBE, target, cwd=elsewhere, PYTHONPATH=str(target), HF_HUB_OFFLINE="1")
-    assert version == mlmfast.__version__
+    lines = version.splitlines()
+    assert lines[0] == mlmfast.__version__
+    assert (lines[1] == "None") is not compiled(request), f"instructions: {lines[1]}"
