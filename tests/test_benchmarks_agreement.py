@@ -1,0 +1,117 @@
+"""The arithmetic of the measuring scripts in benchmarks/: agreement of scores, groups of texts, where memory goes."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mlmfast
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a script as if it were run: its neighbours are found beside it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def test_correlations(script: Any) -> None:
+    agreement = script("agreement")
+    assert agreement.ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [3.5, 1.0, 3.5, 2.0]
+    assert agreement.spearman([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1)
+    assert agreement.pearson([1, 2, 3, 4], [1, 10, 100, 1000]) < 0.9
+    assert agreement.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # A tie: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+    assert agreement.spearman([1, 2, 2, 4], [1, 2, 3, 4]) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert agreement.pearson([1, 1], [1, 2]) is None
+
+
+def test_errors_are_signed_in_the_bias_alone(script: Any) -> None:
+    agreement = script("agreement")
+    right = np.zeros(4, np.float32)
+    found = agreement.errors(np.array([-1, 1, 0, 4], np.float32), right)
+    assert found == {"count": 4, "bias": 1.0, "mean": 1.5, "p99": pytest.approx(3.91), "max": 4.0}
+    with pytest.raises(ValueError):
+        agreement.errors(right[:0], right[:0])
+
+
+def test_choices(script: Any) -> None:
+    agreement = script("agreement")
+    good, bad = np.array([2.0, 2.0, 1.0, 1.0]), np.array([1.0, 1.0, 2.0, 4.0])
+    found = np.array([2.0, 1.0, 3.0, 1.0]), np.array([1.0, 1.0, 2.0, 4.0])  # kept, lost to a tie, won, kept
+    assert agreement.choices((good, bad), found) == {"pairs": 4, "equal": 0.5, "lost": 1, "won": 1, "widest": 1.0}
+    only = agreement.choices((good, bad), found, np.array([True, False, False, False]))
+    assert only == {"pairs": 1, "equal": 1.0, "lost": 0, "won": 0, "widest": 0.0}
+    assert agreement.choices((good, bad), found, np.zeros(4, bool))["equal"] is None
+
+
+def scored(*logprobs: float) -> Any:
+    values = np.array(logprobs, np.float32)
+    score = SimpleNamespace(text="?", logprobs=values, total=float(values.sum()), mean=float(values.mean()))
+    return type("Scored", (SimpleNamespace,), {"__len__": lambda self: len(values)})(**vars(score))
+
+
+def test_strided_leaves_exact_texts_out(script: Any) -> None:
+    strided = script("strided")
+    exact = [scored(-1, -2), scored(-1, -2, -3)]
+    found = [scored(-1, -2), scored(-2, -2, -3)]
+    row = strided.compare(exact, found, 2)
+    assert (row["texts"], row["tokens"], row["exact_share"]) == (2, 5, 0.5)
+    assert row["errors"]["mean"] == pytest.approx(1 / 5)
+    assert row["approximated"]["mean"] == pytest.approx(1 / 3)
+    assert strided.compare(exact[:1], found[:1], 2)["approximated"] is None
+    strided.check_exact(exact, found, 2)
+    with pytest.raises(SystemExit):
+        strided.check_exact(exact, found, 3)
+
+
+def test_strided_on_the_bundled_model(script: Any) -> None:
+    strided = script("strided")
+    pairs = [
+        {"UID": "a", "sentence_good": "The dogs bark.", "sentence_bad": "The dogs barks."},
+        {"UID": "a", "sentence_good": "She sees the old houses here.", "sentence_bad": "She see the old houses here."},
+    ]
+    lm = mlmfast.load("tiny")
+    found = strided.measure_agreement(lm, pairs, {"33-63": ["One and two and three and four and five. " * 4]}, [2, 64])
+    assert [(row["group"], row["stride"]) for row in found["groups"]] == [
+        (group, stride) for group in ("BLiMP", "BLiMP 1-8", "running 33-63") for stride in (2, 64)
+    ]
+    for row in found["groups"]:
+        assert (row["exact_share"] == 1) == (row["stride"] == 64)
+        assert row["errors"]["max"] < 1e-4 if row["stride"] == 64 else row["errors"]["max"] > 0.01
+    assert found["blimp"]["by"][1]["all"]["equal"] == 1
+
+
+def test_groups_of_texts(script: Any) -> None:
+    strided = script("strided")
+    assert [strided.band(tokens, strided.RUNNING) for tokens in (32, 33, 127, 128, 256)] == [
+        None,
+        "33-63",
+        "64-127",
+        "128-255",
+        None,
+    ]
+    assert strided.spread(list("abcde"), 3) == ["a", "c", "e"]
+    assert strided.spread(list("ab"), 3) == ["a", "b"]
+
+
+def test_parts_of_memory_add_up(script: Any) -> None:
+    memory = script("memory")
+    stage = {"rss": 2, "anonymous": 1, "peak": 3}
+    found = {"maxrss": 40, "weights": 10, "packed": 8, "stages": {"imports": stage, "score": stage | {"peak": 39}}}
+    assert memory.split(found) == {"imports": 2, "weights": 10, "packed copies": 8, "all else": 20, "peak": 40}
+
+
+def test_made_up_words_differ(script: Any) -> None:
+    words = script("memory").made_up_words(1000, seed=0)
+    assert len(set(words)) == 1000 == len(words)
+    assert words == script("memory").made_up_words(1000, seed=0)
