@@ -130,18 +130,20 @@ def _measured(
     for side in sides.values():
         if isinstance(side, MiniconsScorer):
             side.choose(trial)
-    errors = {peer: _error(lm, side(trial), trial) for peer, side in sides.items()}
+    tried = lm.score(trial, progress=False)
+    errors = {peer: _error(tried, side(trial)) for peer, side in sides.items()}
     times: dict[str, list[float]] = {peer: [] for peer in ["", *sides]}  # texts a second; ours under ""
     agreeing = [peer for peer in sides if errors[peer] <= FLOAT32_BOUND]
     for r in range(rounds if agreeing else 0):
         share = texts[r::rounds]
         order = ["", *agreeing]
+        found: dict[str, Any] = {}
         for peer in order if r % 2 == 0 else order[::-1]:
             start = time.perf_counter()
-            found: Any = sides[peer](share) if peer else lm.score(share, progress=False)
+            found[peer] = sides[peer](share) if peer else lm.score(share, progress=False)
             times[peer].append(len(share) / (time.perf_counter() - start))
-            if peer:  # all that was timed is checked, not only the trial
-                errors[peer] = max(errors[peer], _error(lm, found, share))
+        for peer in agreeing:  # all that was timed is checked, not only the trial
+            errors[peer] = float(np.maximum(errors[peer], _error(found[""], found[peer])))  # a NaN stays one
     with backends.forced(None if backend == "auto" else backend):
         services = "+".join(sorted({service.backend for service in backends.report("cpu")}))
     for peer, side in sides.items():
@@ -154,12 +156,10 @@ def _measured(
         yield row
 
 
-def _error(lm: mlmfast.MaskedLM, theirs: Sequence[float], texts: Sequence[str]) -> float:
+def _error(ours: Sequence[mlmfast.Score], theirs: Sequence[float]) -> float:
     """The largest difference of two totals, each over the sum of its tokens' ``max(1, |log-probability|)``."""
-    error = 0.0
-    for score, total in zip(lm.score(texts, progress=False), theirs):
-        error = max(error, abs(score.total - total) / float(np.maximum(1, np.abs(score.logprobs)).sum()))
-    return error
+    scale = [float(np.maximum(1, np.abs(score.logprobs)).sum()) for score in ours]
+    return float(np.max([abs(score.total - total) / of for score, total, of in zip(ours, theirs, scale)]))
 
 
 def _rates(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
