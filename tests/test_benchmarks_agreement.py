@@ -104,6 +104,39 @@ def test_groups_of_texts(script: Any) -> None:
     assert strided.spread(list("ab"), 3) == ["a", "b"]
 
 
+def test_bfloat16_scores_by_text(script: Any) -> None:
+    bfloat16 = script("bfloat16")
+    right = bfloat16.Scored(np.array([-1, -2, -3, -4], np.float32), np.array([1, 2, 50, 400]), np.array([1, 3]))
+    assert right.totals.tolist() == [-1, -9]
+    assert right.first(1).totals.tolist() == [-1]
+    found = bfloat16.Scored(np.array([-1, -2, -3.5, -4], np.float32), np.array([2, 2, 50, 800]), right.lengths)
+    compared = bfloat16.compare(found, right)
+    assert compared["errors"]["bias"] == -0.125
+    assert compared["totals"]["mean"] == 0.25
+    assert (compared["other_rank"], compared["first_changed"]) == (0.5, 0.25)
+    assert compared["other_rank_of_100"] == pytest.approx(1 / 3)
+    with pytest.raises(SystemExit):
+        bfloat16.check(found, right, "it")
+    assert bfloat16.check(right, right, "it") == 0
+
+
+def test_bfloat16_chooses_between_neighbours(script: Any) -> None:
+    bfloat16 = script("bfloat16")
+    pairs = [{"UID": name} for name in ("a", "a", "b", "b")]
+    ordered = bfloat16.by_place(pairs)
+    assert [pair["UID"] for pair in ordered] == ["a", "b", "a", "b"]
+    assert len(bfloat16.by_place(pairs, 1)) == 2
+
+    def of(*totals: float) -> Any:
+        return bfloat16.Scored(np.array(totals, np.float32), np.ones(8, np.int64), np.ones(8, np.int64))
+
+    # Good and bad in turn: right, right, right, wrong; then the third is a tie.
+    right, found = of(-1, -2, -1, -2, -1, -2, -2, -1), of(-1, -2, -1, -2, -2, -2, -2, -1)
+    chosen = bfloat16.choose(ordered, right, found)
+    assert (chosen["accuracy"], chosen["accuracy_bfloat16"], chosen["ties_bfloat16"]) == (0.75, 0.5, 1)
+    assert (chosen["equal"], chosen["lost"], chosen["won"]) == (0.75, 1, 0)
+
+
 def test_parts_of_memory_add_up(script: Any) -> None:
     memory = script("memory")
     stage = {"rss": 2, "anonymous": 1, "peak": 3}
