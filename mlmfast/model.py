@@ -22,9 +22,10 @@ from mlmfast.tokenization import EncodedText, TextEncoder
 
 NORMALIZATIONS = (None, "tokens", "unconditional")
 
-# Rows that a batch may hold unless told otherwise. On a CPU more are slower: a base model's widest intermediate in
-# float32 then passes 32 MiB, and what is larger than that glibc hands back to the system and faults in anew each time.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+# Rows that a batch may hold unless told otherwise, by the bytes of a number. On a CPU more are slower: a base model's
+# widest intermediate then passes 32 MiB, and what is larger than that glibc hands back to the system and faults in anew
+# each time.
+BATCH_TOKENS = {"cpu": {2: 4096, 4: 2048}, "cuda": {2: 65536, 4: 65536}}
 
 
 class MaskedLM:
@@ -59,7 +60,8 @@ class MaskedLM:
         self._extras = extras
         self._derived = Derived()
         self._backend = None if backend == "auto" else backend
-        self.batch_tokens = BATCH_TOKENS.get(self.device.type, 8192) if batch_tokens is None else batch_tokens
+        usual = BATCH_TOKENS.get(self.device.type, {}).get(self.dtype.itemsize, 2048)
+        self.batch_tokens = usual if batch_tokens is None else batch_tokens
         if self.batch_tokens < 1:
             raise RequestError(f"batch_tokens={batch_tokens} holds no row; 1 is the least")
         with backends.forced(self._backend):
