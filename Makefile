@@ -72,7 +72,8 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Stamps: an empty file each, newer than what it was made from, so that a second run starts at once.
+# Stamps: an empty file each, newer than what it was made from, so that a second run starts at once. The kernels are
+# compiled with .installed and left alone by the others.
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "No usable Python: mlmfast needs 3.10 to 3.14 with the modules venv and ensurepip."; \
 	  echo "Debian and Ubuntu: apt install python3-venv. Or name one: make PYTHON=/path/to/python3 ..."; exit 1; }
@@ -85,22 +86,22 @@ $(VENV)/.torch: $(VENV)/.created
 	@$(PIP) $(TORCH_FLAGS) "$(TORCH)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
-	@echo "Installing mlmfast and what it needs"
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*)
+	@echo "Installing mlmfast and what it needs; compiling its kernels, if there is a C++ compiler"
 	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need"
-	@$(PIP) --editable ".[test]"
+	@MLMFAST_BUILD_CPU=0 $(PIP) --editable ".[test]"
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "Installing what the benchmarks compare with, and what draws the figure"
-	@$(PIP) --editable ".[bench,peers]"
+	@MLMFAST_BUILD_CPU=0 $(PIP) --editable ".[bench,peers]"
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
 	@echo "Installing the linters"
-	@$(PIP) --editable ".[lint]"
+	@MLMFAST_BUILD_CPU=0 $(PIP) --editable ".[lint]"
 	@touch $@
