@@ -4,8 +4,9 @@
 
 First, a 350-word text under XLM-R-base's shape (a vocabulary of 250,002) in float32, all in: a process of its own
 imports mlmfast, loads the checkpoint with ``mlmfast.load`` and scores. Then requests of one and of four times the token
-budget under DeBERTa-v3-base's shape, each budget in a process of its own. Weights are random, saved as checkpoints in a
-temporary folder (2 GB). Linux only: memory is read from ``/proc``. Writes ``OUTPUT.json`` and ``OUTPUT.md``.
+budget under DeBERTa-v3-base's shape, each budget and length of texts in a process of its own. Weights are random, saved
+as checkpoints in a temporary folder (2 GB). Linux only: memory is read from ``/proc``. Writes ``OUTPUT.json`` and
+``OUTPUT.md``.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def score_text(folder: Path) -> dict[str, Any]:
     }
 
 
-def score_batches(folder: Path, budget: int) -> list[dict[str, Any]]:
+def score_batches(folder: Path, budget: int, length: int) -> list[dict[str, Any]]:
     """Peak memory of requests beyond what was held before them, packed weights included in that."""
     import ctypes
 
@@ -136,20 +137,19 @@ def score_batches(folder: Path, budget: int) -> list[dict[str, Any]]:
     lm = mlmfast.load(folder, dtype="float32", batch_tokens=budget)
     mask = list(shape.special).index("mask_token")
     found = []
-    for length in LENGTHS:
-        for factor in (0, *FACTORS):  # 0: a first batch that packs the weights, not counted
-            plan = make_plan(shape.texts(length, max(1, factor) * budget // length), mask)
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            before = memory()
-            start = time.perf_counter()
-            lm.logprobs(plan)
-            seconds = time.perf_counter() - start
-            if factor:
-                found.append(
-                    {"budget": budget, "length": length, "rows": plan.tokens, "batches": len(pack(plan, budget))}
-                    | {"held": before["rss"], "peak": memory()["peak"] - before["rss"], "seconds": seconds}
-                )
+    for factor in (0, *FACTORS):  # 0: a first batch that packs the weights, not counted
+        plan = make_plan(shape.texts(length, max(1, factor) * budget // length), mask)
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = memory()
+        start = time.perf_counter()
+        lm.logprobs(plan)
+        seconds = time.perf_counter() - start
+        if factor:
+            found.append(
+                {"budget": budget, "length": length, "rows": plan.tokens, "batches": len(pack(plan, budget))}
+                | {"held": before["rss"], "peak": memory()["peak"] - before["rss"], "seconds": seconds}
+            )
     return found
 
 
@@ -190,13 +190,15 @@ def child(*arguments: str) -> tuple[Any, dict[str, int]]:
 
 def split(found: dict[str, Any]) -> dict[str, int]:
     """Where a process's highest resident memory goes, in bytes: the parts add up to it."""
-    peak = max(found["maxrss"], found["stages"]["score"]["peak"])
+    peak = max(found["maxrss"], *(stage["peak"] for stage in found["stages"].values()))
+    held = {name: stage["rss"] for name, stage in found["stages"].items()}
     parts = {
-        "imports": found["stages"]["imports"]["rss"],
+        "imports": held["imports"],
         "weights": found["weights"],
+        "tokenizer, and what loading leaves": held["load"] - held["imports"] - found["weights"],
         "packed copies": found["packed"],
     }
-    return parts | {"all else": peak - sum(parts.values()), "peak": peak}
+    return parts | {"the pass itself": peak - sum(parts.values()), "peak": peak}
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
@@ -242,7 +244,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
 def run_child(arguments: Sequence[str]) -> Any:
     name, *rest = arguments
     if name == "batches":
-        return score_batches(Path(rest[0]), int(rest[1]))
+        return score_batches(Path(rest[0]), int(rest[1]), int(rest[2]))
     if name == "machine":
         return describe()
     return {"save-xlm": save_xlm_roberta, "save-deberta": save_deberta, "text": score_text}[name](Path(rest[0]))
@@ -269,7 +271,12 @@ def main() -> None:
         child("save-xlm", str(xlm))
         found, sampled = child("text", str(xlm))
         child("save-deberta", str(deberta))
-        batches = [row for budget in args.budgets for row in child("batches", str(deberta), str(budget))[0]]
+        batches = [
+            row
+            for budget in args.budgets
+            for length in LENGTHS
+            for row in child("batches", str(deberta), str(budget), str(length))[0]
+        ]
     one = found | {"sampled": sampled, "split": split(found)}
     result = {"header": header, "limit": LIMIT, "text": one, "batches": batches}
     write(args.output, result, markdown(result))
