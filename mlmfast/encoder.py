@@ -1,7 +1,8 @@
 """Packed batch -> what the vocabulary ops read at the scored rows: the one forward pass.
 
 Rows are packed from start to end. In the last layer only scored rows ask queries, and only they pass its output
-projection, its feed-forward and the prediction head.
+projection, its feed-forward and the prediction head. Before the first layer the copies of a text are the same but for
+their masks, so its queries, keys and values are computed once for each distinct row.
 """
 
 from __future__ import annotations
@@ -41,20 +42,46 @@ class Queries:
         return hidden if self.rows is None else hidden[self.rows]
 
 
+# On the CPU: distinct rows are shared where they are at most this part of all, else looking them up costs more.
+SHARED = 0.75
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states of every packed row, rows that are known to be equal held once.
+
+    Attributes:
+        distinct: ``[U, d]``.
+        kinds: int64 ``[T]``, each row's place in ``distinct``; None where that holds every row.
+    """
+
+    distinct: Tensor
+    kinds: Tensor | None = None
+
+    def every(self) -> Tensor:
+        """All rows, ``[T, d]``."""
+        return self.distinct if self.kinds is None else self.distinct[self.kinds]
+
+    def projected(self, product: Linear) -> Tensor:
+        """All rows through a product, ``[T, m]``."""
+        out = linear(self.distinct, product.weight, product.bias)
+        return out if self.kinds is None else out[self.kinds]
+
+
 def encode(spec: EncoderSpec, batch: PackedBatch, mask_token_id: int) -> Tensor:
     """Hidden states of the scored rows after the last layer, ``[R, d]``."""
     every = Queries(None, None, batch.cu_seqlens, batch.max_seqlen)
     scored = Queries(batch.scored_rows, batch.scored_positions, batch.cu_scored, batch.max_scored)
     hidden = embed(spec.embedding, batch, mask_token_id)
     for layer in spec.layers[:-1]:
-        hidden = apply_layer(spec, layer, batch, hidden, every, every.of(hidden))
+        hidden = States(apply_layer(spec, layer, batch, hidden, every, hidden.every()))
     last = spec.layers[-1]
     if spec.mask_decoder is None:
-        return apply_layer(spec, last, batch, hidden, scored, scored.of(hidden))
+        return apply_layer(spec, last, batch, hidden, scored, scored.of(hidden.every()))
     # Enhanced mask decoder (He et al. 2021, section 3.2): the last layer twice, its keys and values from the layer
     # before it both times, its queries from absolute positions first. Positions past the table share its last row.
     places = batch.scored_positions.clamp(max=len(spec.mask_decoder) - 1)
-    queries = scored.of(hidden) + spec.mask_decoder[places]
+    queries = scored.of(hidden.every()) + spec.mask_decoder[places]
     for _ in range(2):
         queries = apply_layer(spec, last, batch, hidden, scored, queries, convolve=False)
     return queries
@@ -67,17 +94,28 @@ def predict(spec: EncoderSpec, hidden: Tensor) -> Tensor:
     return add_layer_norm(transformed, None, None, head.norm.weight, head.norm.bias, head.norm.eps)
 
 
-def embed(embedding: Embedding, batch: PackedBatch, mask_token_id: int) -> Tensor:
-    """Normalised embeddings of every packed row, ``[T, d]``."""
+def embed(embedding: Embedding, batch: PackedBatch, mask_token_id: int) -> States:
+    """Normalised embeddings of the packed rows."""
+    ids, masked = batch.token_ids, batch.masked_rows
+    table = embedding.positions
+    places = None if table is None else position_ids(embedding, batch)
+    kinds = None
+    if ids.device.type == "cpu":  # elsewhere the number of distinct rows would have to be waited for
+        count = 1 if table is None else len(table)
+        read = ids.index_fill(0, masked, mask_token_id)
+        distinct, found = torch.unique(read if places is None else read * count + places, return_inverse=True)
+        if len(distinct) <= SHARED * len(read):
+            ids, masked, kinds = distinct // count, masked[:0], found
+            places = None if places is None else distinct % count
     norm, projection = embedding.norm, embedding.projection
     inside = projection is None  # a projection stands between the sum and its norm
     hidden = masked_embedding(
-        batch.token_ids,
-        batch.masked_rows,
+        ids,
+        masked,
         mask_token_id,
         embedding.words,
-        None if embedding.positions is None else position_ids(embedding, batch),
-        embedding.positions,
+        places,
+        table,
         None,
         embedding.types,
         norm.weight if inside else None,
@@ -87,7 +125,7 @@ def embed(embedding: Embedding, batch: PackedBatch, mask_token_id: int) -> Tenso
     if projection is not None:
         hidden = linear(hidden, projection.weight, None)
         hidden = add_layer_norm(hidden, None, projection.bias, norm.weight, norm.bias, norm.eps)
-    return hidden
+    return States(hidden, kinds)
 
 
 def position_ids(embedding: Embedding, batch: PackedBatch) -> Tensor:
@@ -112,17 +150,18 @@ def apply_layer(
     spec: EncoderSpec,
     layer: Layer,
     batch: PackedBatch,
-    hidden: Tensor,
+    hidden: States,
     queries: Queries,
     states: Tensor,
     convolve: bool = True,
 ) -> Tensor:
     """One layer for some rows: ``states [Tq, d]`` ask the queries, all of ``hidden [T, d]`` gives keys and values."""
 
-    def heads(x: Tensor, product: Linear) -> Tensor:
-        return linear(x, product.weight, product.bias).view(len(x), spec.heads, -1)
-
-    q, k, v = heads(states, layer.query), heads(hidden, layer.key), heads(hidden, layer.value)
+    asked = hidden if queries.rows is None else States(states)
+    q, k, v = (
+        rows.projected(product).unflatten(1, (spec.heads, -1))
+        for rows, product in ((asked, layer.query), (hidden, layer.key), (hidden, layer.value))
+    )
     bounds = (queries.cu_seqlens, batch.cu_seqlens, queries.max_seqlen, batch.max_seqlen, queries.positions, spec.scale)
     if spec.buckets is None:
         mixed = attention(q, k, v, *bounds)
@@ -135,7 +174,7 @@ def apply_layer(
     wide = linear(attended, layer.up.weight, layer.up.bias, spec.activation)
     out = add_layer_norm(linear(wide, layer.down.weight), attended, layer.down.bias, norm.weight, norm.bias, norm.eps)
     if layer.convolution is not None and convolve:
-        out = apply_convolution(layer.convolution, batch, hidden, queries, out)
+        out = apply_convolution(layer.convolution, batch, hidden.every(), queries, out)
     return out
 
 
