@@ -82,6 +82,7 @@ def score_huggingface(lm: Any, texts: Sequence[str]) -> Scored:
 
 def compare(found: Scored, right: Scored) -> dict[str, Any]:
     """Errors of tokens and of totals in nats, and how many tokens have another rank, or enter or leave the first."""
+    other = found.ranks != right.ranks
     first = (found.ranks == 1) != (right.ranks == 1)
     moved = np.abs(np.log2(found.ranks) - np.log2(right.ranks))
     return {
@@ -90,8 +91,8 @@ def compare(found: Scored, right: Scored) -> dict[str, Any]:
         "texts": len(right.lengths),
         "spearman": spearman(found.logprobs, right.logprobs),
         "spearman_totals": spearman(found.totals, right.totals),
-        "other_rank": float((found.ranks != right.ranks).mean()),
-        "other_rank_of_100": float((found.ranks != right.ranks)[right.ranks <= 100].mean()),
+        "other_rank": float(other.mean()),
+        "other_rank_of_100": float(other[right.ranks <= 100].mean()) if (right.ranks <= 100).any() else None,
         "first_changed": float(first.mean()),
         "rank_factor_p99": float(2 ** np.percentile(moved, 99)),
     }
@@ -188,7 +189,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
             ["model", "scored by", "tokens with another rank", "of those ranked 100 or better"]
             + ["first place gained or lost", "rank off by a factor of (99th percentile)"],
             [
-                [row["model"], way, f"{c['other_rank']:.1%}", f"{c['other_rank_of_100']:.1%}"]
+                [row["model"], way, f"{c['other_rank']:.1%}"]
+                + ["none" if c["other_rank_of_100"] is None else f"{c['other_rank_of_100']:.1%}"]
                 + [f"{c['first_changed']:.2%}", f"{c['rank_factor_p99']:.2f}"]
                 for row in result["models"]
                 for way, c in row["ways"].items()

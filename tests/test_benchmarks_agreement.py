@@ -115,6 +115,8 @@ def test_bfloat16_scores_by_text(script: Any) -> None:
     assert compared["totals"]["mean"] == 0.25
     assert (compared["other_rank"], compared["first_changed"]) == (0.5, 0.25)
     assert compared["other_rank_of_100"] == pytest.approx(1 / 3)
+    deep = bfloat16.Scored(right.logprobs, right.ranks + 100, right.lengths)
+    assert bfloat16.compare(deep, deep)["other_rank_of_100"] is None
     with pytest.raises(SystemExit):
         bfloat16.check(found, right, "it")
     assert bfloat16.check(right, right, "it") == 0
