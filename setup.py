@@ -130,6 +130,8 @@ def quoted(*words: Path | str) -> str:
 class BuildWithNinja(build_ext):
     """Writes a ninja file for csrc/cpu and runs it: flags differ by file, and files compile side by side."""
 
+    extensions: list[setuptools.Extension]
+
     def run(self) -> None:
         for extension in self.extensions:
             try:
@@ -149,7 +151,7 @@ class BuildWithNinja(build_ext):
         paths = paths_of(cxx)
         own = {path: [*flags, f"-DMLMFAST_PATH={path}"] for path, flags in paths.items()}
         have = [f"-DMLMFAST_HAS_{path.upper()}" for path in paths]
-        includes = ["-isystem", torch / "include", "-isystem", python_headers()]
+        includes: list[Path | str] = ["-isystem", torch / "include", "-isystem", python_headers()]
         extra = os.environ.get("CXXFLAGS", "")
         # Python's own symbols come from the interpreter.
         shared = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
