@@ -101,7 +101,7 @@ def embed(embedding: Embedding, batch: PackedBatch, mask_token_id: int) -> State
     places = None if table is None else position_ids(embedding, batch)
     kinds = None
     if ids.device.type == "cpu":  # elsewhere the number of distinct rows would have to be waited for
-        count = 1 if table is None else len(table)
+        count = 1 if places is None else int(places.max()) + 1
         read = ids.index_fill(0, masked, mask_token_id)
         distinct, found = torch.unique(read if places is None else read * count + places, return_inverse=True)
         if len(distinct) <= SHARED * len(read):

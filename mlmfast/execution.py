@@ -195,7 +195,7 @@ def run(
         try:
             moved = batch.to(device)
             encoded.append((moved, predict(spec, encode(spec, moved, plan.mask_token_id))))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if batch.copies == 1 or not out_of_memory(error):
                 raise
             waiting.extend(halves(batch)[::-1])
@@ -222,17 +222,23 @@ def _read(
     targets = Targets.of([batch for batch, _ in encoded])
     try:
         found = read(head, torch.cat([hidden for _, hidden in encoded]), targets)
-    except RuntimeError as error:
-        if len(encoded) == 1 or not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if (len(encoded) == 1 and encoded[0][0].copies == 1) or not out_of_memory(error):
             raise
     else:
         yield targets.order.cpu().numpy(), found
         return
+    if len(encoded) == 1:
+        batch, hidden = encoded[0]
+        first, second = halves(batch)
+        encoded = [(first, hidden[: len(first.scored_rows)]), (second, hidden[len(first.scored_rows) :])]
     yield from _read(head, encoded[: len(encoded) // 2], read)
     yield from _read(head, encoded[len(encoded) // 2 :], read)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an allocator gave up: torch has a class for it on accelerators, and only messages on the CPU."""
     messages = ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
-    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        message in str(error) for message in messages
+    )

@@ -227,7 +227,11 @@ def test_batches_are_read_together(lms: dict[str, MaskedLM], monkeypatch: pytest
     assert min(sizes[:-1], default=rows) >= rows  # only the last reading may be of fewer
 
 
-def test_a_reading_that_does_not_fit_is_halved(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("budget", [60, 3000])  # several batches, and all in one
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError, MemoryError])
+def test_a_reading_that_does_not_fit_is_halved(
+    lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch, budget: int, failure: type[Exception]
+) -> None:
     lm, sizes = lms["deberta"], []
     wanted = scored(lm, POOL, "original", None, 3000)
     true_op = execution.vocab_logprob
@@ -235,13 +239,48 @@ def test_a_reading_that_does_not_fit_is_halved(lms: dict[str, MaskedLM], monkeyp
     def small_memory(hidden: Tensor, *rest: Any) -> Any:
         sizes.append(len(hidden))
         if len(hidden) > 20:
-            raise torch.OutOfMemoryError("out of memory")
+            raise failure("out of memory")
         return true_op(hidden, *rest)
 
     monkeypatch.setattr(execution, "vocab_logprob", small_memory)
-    for got, want in zip(scored(lm, POOL, "original", None, 60), wanted):
+    for got, want in zip(scored(lm, POOL, "original", None, budget), wanted):
         assert_near(got, want, 1e-5)
     assert max(sizes) > 20
+
+
+def test_copies_of_a_text_share_their_first_layer(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, rows = lms["bert"], []
+    wanted = scored(lm, POOL, "original", None, 3000)
+    true_op = encoder.masked_embedding
+
+    def watched(ids: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(ids))
+        return true_op(ids, *rest)
+
+    monkeypatch.setattr(encoder, "masked_embedding", watched)
+    scored(lm, POOL, "original", None, 3000)
+    shared = rows.copy()
+    rows.clear()
+    monkeypatch.setattr(encoder, "SHARED", 0)
+    for got, want in zip(scored(lm, POOL, "original", None, 3000), wanted):
+        assert_near(got, want, 1e-5)
+    assert sum(shared) < sum(rows) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_nobodys_business(lms: dict[str, MaskedLM], dtype: torch.dtype) -> None:
+    lm = lms["deberta"]
+    wanted = lm.score(POOL[:3], ranks=True, entropies=True)
+    torch.set_default_dtype(dtype)
+    try:
+        found = lm.score(POOL[:3], ranks=True, entropies=True)
+        best = lm.distributions(POOL[:1], top_k=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, want in zip(found, wanted):
+        assert_near(got.logprobs, want.logprobs, 1e-6)
+        assert (got.ranks == want.ranks).all()
+    assert best
 
 
 def test_texts_planned_in_several_windows(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:

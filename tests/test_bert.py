@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_the_weights_are_shared_not_copied(tokenizer: PreTrainedTokenizerBase) -
     assert_score(lm.score([TEXTS[1]])[0], reference_loop(forward_of(model), tokenizer, TEXTS[1]))
 
 
-@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW, partial(torch.optim.AdamW, fused=True)])
 def test_scores_follow_an_optimiser(tokenizer: PreTrainedTokenizerBase, optimiser: Any) -> None:
     model = small_bert(len(tokenizer))
     lm = mlmfast.load(model, tokenizer)

@@ -175,10 +175,13 @@ def test_a_weight_that_onednn_refuses_is_plain(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("packed")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_optimiser_step_between_two_scores(dtype: torch.dtype, bert_tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("fused", [False, True])  # a fused step leaves the version counters as they were
+def test_an_optimiser_step_between_two_scores(
+    dtype: torch.dtype, fused: bool, bert_tokenizer: PreTrainedTokenizerBase
+) -> None:
     model = small_bert(len(bert_tokenizer)).to(dtype)
     lm = mlmfast.load(model, bert_tokenizer)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
     before = totals(lm)
     for _ in range(2):
         model(torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()

@@ -8,9 +8,9 @@ namespace mlmfast {
 // Keys and values are packed once an item, so an item has many queries; one long sequence still makes several.
 constexpr int64_t QUERIES = 256;
 
-void attend(Attention a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-            const Tensor& cu_seqlens_k, const std::optional<Tensor>& q_positions, const Tensor& out) {
-  const char* op = "attention";
+void attend(const char* op, const Kernels& use, Attention a, const Tensor& q, const Tensor& k, const Tensor& v,
+            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& q_positions,
+            const Tensor& out) {
   const int type = dtype_index(op, q);
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, op, ": q, k and v must be [rows, heads, width]");
   check_same(op, "k", k, q);
@@ -56,7 +56,9 @@ void attend(Attention a, const Tensor& q, const Tensor& k, const Tensor& v, cons
   // Neighbouring heads share cache lines and prefetches, so a thread takes as many as leave work for the others.
   const int64_t share = static_cast<int64_t>(items.size()) / (8 * torch::stable::get_num_threads());
   const int64_t grain = share < 1 ? 1 : share < a.heads ? share : a.heads;
-  const Kernels& use = kernels();
+  if (a.window > most_keys) a.window = most_keys;  // all of them, and no sum of places overflows
+  // Within a window an item of neighbouring queries reaches only so far.
+  if (a.window >= 0 && !q_positions && 2 * a.window + QUERIES < most_keys) most_keys = 2 * a.window + QUERIES;
   const int64_t bytes = use.attention_scratch[type](a.width, QUERIES, most_keys);
   for_each(static_cast<int64_t>(items.size()), grain, [&](int64_t i) {
     use.attention_item[type](a, items[i], scratch(bytes));
@@ -70,7 +72,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   a.scale = static_cast<float>(scale);
   a.window = local_window < 0 ? -1 : local_window;
   Tensor out = torch::stable::new_empty(q, q.sizes());
-  attend(a, q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, out);
+  attend("attention", kernels(), a, q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, out);
   return out;
 }
 

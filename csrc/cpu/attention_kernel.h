@@ -19,8 +19,7 @@ template <class Engine>
 struct Scratch {
   using E = typename Engine::Element;
   int64_t depth;   // the head width as the k of a product
-  int64_t span;    // keys as columns
-  int64_t reach;   // keys as the k of a product
+  int64_t span;    // keys, as columns and as the k of a product
   int64_t stride;  // of the scores
   int64_t bands;   // of a band of position scores
 
@@ -31,7 +30,6 @@ struct Scratch {
   Scratch(int64_t width, int64_t queries_, int64_t keys_, char* base) {
     depth = padded(width, 16 * Engine::WORD);
     span = padded(keys_, 32);
-    reach = span;
     stride = span + 16;  // rows whose distance is a power of two would share cache sets
     bands = 2 * span + 80;
     const int64_t block = padded(queries_ < BLOCK ? queries_ : BLOCK, 16);
@@ -44,7 +42,7 @@ struct Scratch {
     queries = reinterpret_cast<E*>(take(block * depth * sizeof(E)));
     keys = reinterpret_cast<E*>(take(span * depth * sizeof(E)));
     key_panels = reinterpret_cast<E*>(take(span * depth * sizeof(E)));
-    value_panels = reinterpret_cast<E*>(take(padded(width, 16) * reach * sizeof(E)));
+    value_panels = reinterpret_cast<E*>(take(padded(width, 16) * span * sizeof(E)));
     scores = reinterpret_cast<float*>(take(block * stride * sizeof(float)));
     // In float32 the weights take the scores' place.
     weights = sizeof(E) == 4 ? reinterpret_cast<E*>(scores)
@@ -115,8 +113,23 @@ template <class T, class Engine>
 void attention_item(const mlmfast::Attention& a, const mlmfast::AttentionItem& item, void* memory) {
   using E = typename Engine::Element;
   const int64_t width = a.width, columns = padded(width, 16);
-  const int64_t first_key = a.cu_k[item.sequence], keys = a.cu_k[item.sequence + 1] - first_key;
   const int64_t first_query = a.cu_q[item.sequence];
+  // Keys that some query of the item attends. Places are counted from the first of them: distances stay what they are.
+  int64_t before = 0, keys = a.cu_k[item.sequence + 1] - a.cu_k[item.sequence];
+  if (a.window >= 0) {
+    int64_t least = item.first, greatest = item.last - 1;
+    if (a.q_positions) {
+      least = greatest = a.q_positions[first_query + item.first];
+      for (int64_t i = item.first; i < item.last; ++i) {
+        const int64_t place = a.q_positions[first_query + i];
+        least = place < least ? place : least;
+        greatest = place > greatest ? place : greatest;
+      }
+    }
+    before = least - a.window > 0 ? least - a.window : 0;
+    keys = (greatest + a.window + 1 < keys ? greatest + a.window + 1 : keys) - before;
+  }
+  const int64_t first_key = a.cu_k[item.sequence] + before;
   const Scratch<Engine> s(width, item.last - item.first, keys, static_cast<char*>(memory));
   const T* q = static_cast<const T*>(a.q) + item.head * a.q_head;
   const T* k = static_cast<const T*>(a.k) + item.head * a.k_head + first_key * a.k_row;
@@ -131,14 +144,14 @@ void attention_item(const mlmfast::Attention& a, const mlmfast::AttentionItem& i
   Engine::begin();
   copy_rows(s.keys, s.depth, k, a.k_row, keys, width);
   for (int64_t j = 0; j < keys; j += 16) pack_columns(s.key_panels + j * s.depth, s.keys + j * s.depth, s.depth);
-  pack_rows(s.value_panels, s.reach, v, a.v_row, keys, width);
+  pack_rows(s.value_panels, s.span, v, a.v_row, keys, width);
 
   for (int64_t start = item.first; start < item.last; start += BLOCK) {
     const int64_t count = item.last - start < BLOCK ? item.last - start : BLOCK;
     int64_t place[BLOCK], least = INT64_MAX, greatest = -1;
     bool neighbours = true;
     for (int64_t i = 0; i < count; ++i) {
-      place[i] = a.q_positions ? a.q_positions[first_query + start + i] : start + i;
+      place[i] = (a.q_positions ? a.q_positions[first_query + start + i] : start + i) - before;
       least = place[i] < least ? place[i] : least;
       greatest = place[i] > greatest ? place[i] : greatest;
       neighbours = neighbours && place[i] == place[0] + i;
@@ -201,7 +214,7 @@ void attention_item(const mlmfast::Attention& a, const mlmfast::AttentionItem& i
       }
     }
 
-    Engine::product(s.weights, s.stride, s.value_panels + low * 16, 16 * s.reach, deep, count, columns / 16, s.mixed,
+    Engine::product(s.weights, s.stride, s.value_panels + low * 16, 16 * s.span, deep, count, columns / 16, s.mixed,
                     columns);
     for (int64_t i = 0; i < count; ++i) {
       T* out = static_cast<T*>(a.out) + ((first_query + start + i) * a.heads + item.head) * width;

@@ -16,7 +16,7 @@ struct Free {
 using Panels = std::unique_ptr<void, Free>;
 
 // Panels of the rows in `rows`, for every head.
-Panels pack(const Tensor& table, const Tensor& q, const std::vector<int32_t>& rows) {
+Panels pack(const Kernels& use, const Tensor& table, const Tensor& q, const std::vector<int32_t>& rows) {
   const char* op = "disentangled_attention";
   const int type = dtype_index(op, q);
   check_same(op, "a position table", table, q);
@@ -24,7 +24,6 @@ Panels pack(const Tensor& table, const Tensor& q, const std::vector<int32_t>& ro
                   op, ": position tables must be [rows, heads, width], contiguous in width");
   for (int32_t row : rows)
     STD_TORCH_CHECK(row >= 0 && row < table.size(0), op, ": buckets name a row that the position table lacks");
-  const Kernels& use = kernels();
   const Table t{table.const_data_ptr(),  table.stride(0), table.stride(1), table.size(2), rows.data(),
                 static_cast<int64_t>(rows.size())};
   const int64_t heads = table.size(1), panels = (t.count + 15) / 16;
@@ -48,6 +47,8 @@ Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   STD_TORCH_CHECK(q.dim() == 3 && q.size(2) <= WIDEST, op, ": heads are at most ", WIDEST, " wide");
   Tensor out = torch::stable::new_empty(q, q.sizes());
   if (q.size(0) == 0) return out;
+  STD_TORCH_CHECK(max_seqlen_k > 0, op, ": max_seqlen_k must be positive");
+  const Kernels& use = kernels();  // once: the panels are of these
   Attention a{};
   a.scale = static_cast<float>(scale);
   a.window = -1;
@@ -60,10 +61,10 @@ Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
     rising.push_back(bucket[(d < -reach ? -reach : d > reach ? reach : d) + reach]);
   const std::vector<int32_t> falling(rising.rbegin(), rising.rend());
   Panels key_panels, query_panels;
-  if (pos_key) key_panels = pack(*pos_key, q, falling);
-  if (pos_query) query_panels = pack(*pos_query, q, rising);
+  if (pos_key) key_panels = pack(use, *pos_key, q, falling);
+  if (pos_query) query_panels = pack(use, *pos_query, q, rising);
   a.key_panels = key_panels.get(), a.query_panels = query_panels.get();
-  attend(a, q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, out);
+  attend(op, use, a, q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, out);
   return out;
 }
 

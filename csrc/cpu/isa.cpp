@@ -51,10 +51,19 @@ std::vector<const Kernels*> found() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && has_avx512_bf16();
+  // Those that the compiler knew: setup.py says which.
+#if defined(MLMFAST_HAS_AMX)
   if (bf16 && has_amx()) usable.push_back(&amx_kernels);
+#endif
+#if defined(MLMFAST_HAS_AVX512_BF16)
   if (bf16) usable.push_back(&avx512_bf16_kernels);
+#endif
+#if defined(MLMFAST_HAS_AVX512)
   if (avx512) usable.push_back(&avx512_kernels);
+#endif
+#if defined(MLMFAST_HAS_AVX2)
   if (avx2) usable.push_back(&avx2_kernels);
+#endif
 #endif
   usable.push_back(&portable_kernels);
   return usable;

@@ -95,7 +95,7 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;
 #endif
 
-// The table in use: the best that the processor has, unless `use` chose another.
+// The table in use: the best that the processor has, unless `use_kernels` chose another.
 const Kernels& kernels();
 
 }  // namespace mlmfast

@@ -1,5 +1,4 @@
 // The extension as a Python module: importing mlmfast._cpu loads the library, and loading it registers the ops.
-#define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
 #include <string>
@@ -9,6 +8,11 @@
 #include "tensors.h"
 
 namespace mlmfast {
+
+// What the Python side must find; raised with every change of an op's schema. Older binaries may lie about in checkouts.
+constexpr int64_t VERSION = 1;
+
+int64_t version() { return VERSION; }
 
 // The paths that this processor has, best first, commas between.
 std::string instruction_sets() {
@@ -27,6 +31,7 @@ void use_instructions(std::string name) {
 }  // namespace mlmfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlmfast_cpu, m) {
+  m.def("version() -> int");
   m.def("instruction_sets() -> str");
   m.def("instructions() -> str");
   m.def("use_instructions(str name) -> ()");
@@ -34,6 +39,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mlmfast_cpu, m) {
 
 // No tensor among their arguments tells a device.
 STABLE_TORCH_LIBRARY_IMPL(mlmfast_cpu, CompositeExplicitAutograd, m) {
+  m.impl("version", TORCH_BOX(&mlmfast::version));
   m.impl("instruction_sets", TORCH_BOX(&mlmfast::instruction_sets));
   m.impl("instructions", TORCH_BOX(&mlmfast::instructions));
   m.impl("use_instructions", TORCH_BOX(&mlmfast::use_instructions));

@@ -35,10 +35,18 @@ inline void check_ints(const char* op, const char* name, const Tensor& tensor, S
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), op, ": ", name, " must be one contiguous row");
 }
 
-// Memory of one thread that outlives a call, so that a pass of many small calls does not fault its pages in anew.
+// Memory of one thread that outlives a call, so that a pass of many small calls does not fault its pages in anew; more
+// than KEPT, for a very long sequence, does not outlive it.
 class Workspace {
  public:
+  static constexpr int64_t KEPT = 8 << 20;
   ~Workspace() { std::free(memory_); }
+  void trim() {
+    if (size_ <= KEPT) return;
+    std::free(memory_);
+    memory_ = nullptr;
+    size_ = 0;
+  }
   char* get(int64_t bytes) {
     if (bytes > size_) {
       std::free(memory_);
@@ -57,10 +65,12 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-inline char* scratch(int64_t bytes) {
+inline Workspace& workspace() {
   static thread_local Workspace own;
-  return own.get(bytes);
+  return own;
 }
+
+inline char* scratch(int64_t bytes) { return workspace().get(bytes); }
 
 // Calls `work(item)` for items 0 .. count - 1 on torch's threads, whoever is free taking the next `grain`. Which thread
 // computes an item changes nothing in its result. An exception inside is thrown again here.
@@ -68,6 +78,7 @@ template <class Work>
 void for_each(int64_t count, int64_t grain, const Work& work) {
   if (count <= grain) {
     for (int64_t item = 0; item < count; ++item) work(item);
+    workspace().trim();
     return;
   }
   std::atomic<int64_t> next{0};
@@ -83,6 +94,7 @@ void for_each(int64_t count, int64_t grain, const Work& work) {
       const std::lock_guard<std::mutex> lock(failing);
       failure = std::current_exception();
     }
+    workspace().trim();
   });
   if (failure) std::rethrow_exception(failure);
 }

@@ -116,7 +116,7 @@ inline bool worse(float a, int64_t a_id, float b, int64_t b_id) {
     std::memcpy(&bits, &x, 4);
     return x != x ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
   };
-  const int32_t first = key(a), second = key(b);
+  const int32_t first = key(a + 0.f), second = key(b + 0.f);  // -0 is 0, as in a comparison
   return first != second ? first < second : a_id > b_id;
 }
 

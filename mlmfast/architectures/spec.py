@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mlmfast.errors import UnsupportedModelError
 
@@ -174,11 +176,22 @@ class EncoderSpec:
     max_length: int | None = None
 
 
+def _note_fused_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    """Advances the version counters that a fused optimiser's step leaves as they were."""
+    for group in optimiser.param_groups:
+        if group.get("fused"):
+            increment_version([p for p in group["params"] if p.grad is not None and not p.is_inference()])
+
+
+register_optimizer_step_post_hook(_note_fused_step)
+
+
 class Derived:
     """Tensors computed from parameters, kept until a parameter changes.
 
     A change is seen by a parameter's identity, storage and version counter, which optimisers, ``copy_`` and
-    ``load_state_dict`` advance. Writing through ``parameter.data`` hides from the counter: :meth:`clear` is for that.
+    ``load_state_dict`` advance (fused optimisers through a hook of this module). Writing through ``parameter.data``
+    hides from the counter: :meth:`clear` is for that.
     """
 
     def __init__(self) -> None:

@@ -14,10 +14,14 @@ import torch
 
 WITHOUT_EXTENSION = frozenset({"linear"})
 
+# The csrc/cpu/library.cpp that this Python goes with.
+VERSION = 1
+
+# An earlier attempt may have left a wheel without the extension in pip's cache.
 REMEDY = (
-    "to build it, install a C++17 compiler (g++ 11 or clang 14, or newer), then "
-    "`pip install --no-build-isolation --force-reinstall --no-deps mlmfast`, "
-    "or in a checkout `pip install --no-build-isolation -e .`"
+    "to build it, install a C++17 compiler (g++ 11 or clang 14, or newer) and Python's headers, then "
+    "`MLMFAST_BUILD_CPU=1 pip install --no-cache-dir --force-reinstall --no-deps mlmfast`, "
+    "or in a checkout `MLMFAST_BUILD_CPU=1 pip install -e .`"
 )
 
 
@@ -32,7 +36,16 @@ def _load(name: str) -> str | None:
     return None
 
 
-_problem = _load("mlmfast._cpu")
+def _outdated() -> str | None:
+    """What is wrong with the ops of the extension that has been loaded, or None."""
+    try:
+        found = torch.ops.mlmfast_cpu.version()
+    except AttributeError:
+        found = 0
+    return None if found == VERSION else f"is of version {found} where {VERSION} is needed"
+
+
+_problem = _load("mlmfast._cpu") or _outdated()
 
 
 def missing(op: str) -> str | None:
@@ -45,8 +58,8 @@ def extension_missing() -> str | None:
     if _problem is None:
         return None
     return (
-        f"cpu's compiled extension {_problem}, so plain torch serves instead: the same scores, slower and with more "
-        f"memory; {REMEDY}"
+        f"cpu's compiled extension {_problem}, so plain torch serves instead: the same scores with more memory, in 1.3 "
+        f"to 1.5 times the time in float32 and 3 to 6 times in bfloat16 (DeBERTa-v3-base, 24 to 128 tokens); {REMEDY}"
     )
 
 

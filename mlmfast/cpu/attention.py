@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mlmfast.cpu.rows import whole_heads
+
 
 def attention(
     q: Tensor,
@@ -18,4 +20,6 @@ def attention(
     scale: float,
     local_window: int = -1,
 ) -> Tensor:
+    q_positions = None if q_positions is None else q_positions.contiguous()
+    q, k, v = whole_heads(q), whole_heads(k), whole_heads(v)
     return torch.ops.mlmfast_cpu.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, scale, local_window)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mlmfast.cpu.rows import whole_heads
+
 
 def disentangled_attention(
     q: Tensor,
@@ -20,6 +22,10 @@ def disentangled_attention(
     q_positions: Tensor | None,
     scale: float,
 ) -> Tensor:
+    q_positions = None if q_positions is None else q_positions.contiguous()
+    q, k, v = whole_heads(q), whole_heads(k), whole_heads(v)
+    pos_key = None if pos_key is None else whole_heads(pos_key)
+    pos_query = None if pos_query is None else whole_heads(pos_query)
     return torch.ops.mlmfast_cpu.disentangled_attention(
         q, k, v, pos_key, pos_query, buckets, cu_seqlens_q, cu_seqlens_k, max_seqlen_k, q_positions, scale
     )

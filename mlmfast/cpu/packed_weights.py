@@ -44,8 +44,8 @@ class PackedWeights:
 
     A slice of a weight shares its storage and version counter, and has a copy of its own. A change is seen by the
     storage and by the version counter, which optimisers, ``copy_`` and ``load_state_dict`` advance. Writing through
-    ``parameter.data`` hides from the counter: :meth:`clear` is for that. A copy whose weight has been freed is dropped
-    when the next one is made.
+    ``parameter.data`` hides from the counter, as does writing to one of two parameters that were tied through
+    ``.data``: :meth:`clear` is for that. A copy whose weight has been freed is dropped when the next one is made.
     """
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ def vocab_logprob(
     _check("target_rows", target_rows, len(hidden))
     targets, target_rows = targets.contiguous(), target_rows.contiguous()
     sums = new_sums(len(hidden))
-    found = torch.empty(len(targets))  # the targets' logits
+    found = torch.empty(len(targets), dtype=torch.float32)  # the targets' logits
     places = torch.ones(len(targets) if ranks else 0, dtype=torch.int64)
     # A rank counts the tokens above the target, whose logit may come out of the last tile: the tiles are kept.
     most = max(1, min(ROWS, LOGITS // len(vocabulary))) if ranks else ROWS
@@ -40,7 +40,7 @@ def vocab_logprob(
         for tile in kept:
             ops.vocab_ranks(tile.logits, tile.bias, temperature, target_rows, rows.start, found, places)
     logprobs = (found.double() - log_partition(sums)[target_rows]).float()
-    return logprobs, places, entropy(sums) if entropies else torch.empty(0)
+    return logprobs, places, entropy(sums) if entropies else torch.empty(0, dtype=torch.float32)
 
 
 def _check(name: str, values: Tensor, bound: int) -> None:

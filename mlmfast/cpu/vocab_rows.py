@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlmfast.cpu.vocab_tiles import log_partition, new_sums, tiles
+from mlmfast.cpu.vocab_tiles import new_sums, tiles
 
 
 def vocab_rows(hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
-    rows = torch.empty(len(hidden), len(vocabulary))
+    rows = torch.empty(len(hidden), len(vocabulary), dtype=torch.float32)
     sums = new_sums(len(hidden))
     for tile in tiles(hidden, vocabulary, bias):
         here = rows[:, tile.first : tile.first + tile.logits.shape[1]]
         torch.ops.mlmfast_cpu.vocab_sums(tile.logits, tile.bias, temperature, False, sums, here)
-    return rows.sub_(log_partition(sums).float()[:, None])
+    # In two steps: the greatest logit is a float32 and leaves without rounding, however large it is.
+    return rows.sub_(sums[:, :1].float()).sub_(sums[:, 1:2].log().float())

@@ -14,7 +14,7 @@ def vocab_topk(
     if not 0 <= k <= len(vocabulary):
         raise ValueError(f"vocab_topk: k must be in [0, {len(vocabulary)}], the size of the vocabulary; got {k}")
     sums = new_sums(len(hidden))
-    best = torch.empty(len(hidden), k)
+    best = torch.empty(len(hidden), k, dtype=torch.float32)
     ids = torch.empty(len(hidden), k, dtype=torch.int64)
     for rows in row_chunks(len(hidden)):
         for tile in tiles(hidden[rows], vocabulary, bias):

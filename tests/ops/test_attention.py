@@ -15,6 +15,7 @@ from op_cases import (
     moved,
     on_every_backend,
     on_every_backend_in_float32,
+    on_every_cpu_path,
     randn,
     serving,
 )
@@ -85,6 +86,67 @@ def test_local_window(backend: Backend, dtype: torch.dtype, window: int, few: bo
 @pytest.mark.parametrize(("heads", "width"), [(1, 1), (1, 64), (5, 3), (12, 16), (2, 80)])
 def test_heads_and_widths(backend: Backend, heads: int, width: int) -> None:
     assert_as_good_as_torch(backend, torch.float32, attention, plain, arguments([7, 1, 12], heads, width, False))
+
+
+@on_every_backend
+def test_places_in_no_order(backend: Backend, dtype: torch.dtype) -> None:
+    """Queries may stand in any order, and one place may ask twice."""
+    given = arguments([40, 39], 2, 4, False)
+    places = torch.tensor([20, 3, 3, 0, 39, 17, 17, 16, 38, 0])
+    given[0] = randn(10, *given[0].shape[1:], seed=8)
+    given[3], given[5], given[7] = bounds([8, 2]), 8, places
+    assert_as_good_as_torch(backend, dtype, attention, plain, given)
+
+
+@on_every_backend_in_float32
+@pytest.mark.parametrize("threads", [1, 3])
+def test_more_queries_than_one_thread_takes(backend: Backend, threads: int) -> None:
+    given = arguments([300, 20], 2, 4, False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_as_good_as_torch(backend, torch.float32, attention, plain, given)
+    finally:
+        torch.set_num_threads(before)
+
+
+@on_every_backend_in_float32
+@pytest.mark.parametrize("window", [3, 100, 299, 2**63 - 1])
+@pytest.mark.parametrize("few", [False, True], ids=["all rows", "few queries"])
+def test_windows_of_long_sequences(backend: Backend, window: int, few: bool) -> None:
+    given = arguments([300, 7, 290], 1, 4, few, window)
+    assert_as_good_as_torch(backend, torch.float32, attention, plain, given)
+
+
+@on_every_backend
+@pytest.mark.parametrize("width", [3, 33, 64, 80])
+def test_widths_in_every_dtype(backend: Backend, dtype: torch.dtype, width: int) -> None:
+    assert_as_good_as_torch(backend, dtype, attention, plain, arguments([17, 33, 40], 2, width, False))
+
+
+@on_every_backend_in_float32
+def test_heads_that_are_not_contiguous(backend: Backend) -> None:
+    given = moved(arguments([5, 3], 2, 4, False), backend, torch.float32)
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given[:3]]
+    with serving(backend):
+        torch.testing.assert_close(attention(*turned, *given[3:]), attention(*given), rtol=0, atol=1e-6)
+
+
+@on_every_cpu_path
+def test_bounds_and_places_are_checked(backend: Backend) -> None:
+    given = moved(arguments([5, 3], 2, 4, True), backend, torch.float32)
+    wrong = {
+        "cu_seqlens_q is out of order": (3, torch.tensor([0, 9, 4], dtype=torch.int32)),
+        "cu_seqlens_k is out of order": (4, torch.tensor([0, 5, 9], dtype=torch.int32)),
+        "must be int32": (4, torch.tensor([0, 5, 8])),
+        "q_positions leaves its sequence": (7, torch.full((len(given[0]),), 5)),
+        "a place a query": (7, given[7][:1]),
+        "agree in heads and width": (1, given[1][:, :1]),
+        "another dtype": (2, given[2].bfloat16()),
+    }
+    for message, (place, value) in wrong.items():
+        with serving(backend), pytest.raises(RuntimeError, match=message):
+            attention(*given[:place], value, *given[place + 1 :])
 
 
 @on_every_backend

@@ -15,6 +15,7 @@ from op_cases import (
     moved,
     on_every_backend,
     on_every_backend_in_float32,
+    on_every_cpu_path,
     randn,
     serving,
 )
@@ -124,6 +125,50 @@ def test_without_tables_it_is_attention(backend: Backend) -> None:
     with serving(backend):
         ours, theirs = disentangled_attention(*given), attention(*given[:3], *given[6:])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@on_every_backend
+def test_places_in_no_order(backend: Backend, dtype: torch.dtype) -> None:
+    """Queries may stand in any order, and one place may ask twice."""
+    given = arguments([40, 39], False)
+    places = torch.tensor([20, 3, 3, 0, 39, 17, 17, 16, 38, 0])
+    given[0] = randn(10, *given[0].shape[1:], seed=8)
+    given[6], given[8], given[10] = bounds([8, 2]), 8, places
+    assert_as_good_as_torch(backend, dtype, disentangled_attention, plain, given)
+
+
+@on_every_backend_in_float32
+@pytest.mark.parametrize("threads", [1, 3])
+def test_more_queries_than_one_thread_takes(backend: Backend, threads: int) -> None:
+    given = arguments([300, 20], False, heads=2, width=4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_as_good_as_torch(backend, torch.float32, disentangled_attention, plain, given)
+    finally:
+        torch.set_num_threads(before)
+
+
+@on_every_backend
+@pytest.mark.parametrize("width", [3, 33, 64, 80])
+def test_widths_in_every_dtype(backend: Backend, dtype: torch.dtype, width: int) -> None:
+    given = arguments([17, 33, 40], False, heads=2, width=width)
+    assert_as_good_as_torch(backend, dtype, disentangled_attention, plain, given)
+
+
+@on_every_cpu_path
+def test_lengths_and_tables_are_checked(backend: Backend) -> None:
+    given = moved(arguments([5, 3], False), backend, torch.float32)
+    wrong = {
+        "longer than max_seqlen_k": (9, 4),
+        "max_seqlen_k must be positive": (9, 0),
+        "a row that the position table lacks": (5, torch.full((41,), 14, dtype=torch.int32)),
+        "as far to both sides": (5, given[5][:-1]),
+        "position tables must be": (3, given[3][:, :1]),
+    }
+    for message, (place, value) in wrong.items():
+        with serving(backend), pytest.raises(RuntimeError, match="disentangled_attention: .*" + message):
+            disentangled_attention(*given[:place], value, *given[place + 1 :])
 
 
 @on_every_backend
