@@ -35,13 +35,13 @@ def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def described(header: dict[str, Any]) -> str:
-    """Machine, versions, commit and time in a sentence."""
+    """Machine, versions, commit and time in a sentence, and what else there is to say of the run."""
     names = ("python", "torch", "transformers", "mlmfast")
     versions = {name: header[name] for name in names} | header.get("peers", {})
     return (
         f"{header['cpu']} ({header['instructions']}), {header['threads']} threads, load {header['load']} at the start; "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit {header['commit']}, "
-        f"{header['time']}"
+        f"{header['time']}" + (f". {header['note']}" if "note" in header else "")
     )
 
 
