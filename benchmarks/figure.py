@@ -35,13 +35,13 @@ def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def described(header: dict[str, Any]) -> str:
-    """Machine, versions, commit and time in a sentence, and what else there is to say of the run."""
+    """Machine, versions, commit and time in a sentence."""
     names = ("python", "torch", "transformers", "mlmfast")
     versions = {name: header[name] for name in names} | header.get("peers", {})
     return (
         f"{header['cpu']} ({header['instructions']}), {header['threads']} threads, load {header['load']} at the start; "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit {header['commit']}, "
-        f"{header['time']}" + (f". {header['note']}" if "note" in header else "")
+        f"{header['time']}"
     )
 
 
@@ -182,7 +182,7 @@ def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], 
     for result in passes:
         header, settings = result["header"], result["header"]["settings"]
         lines += [f"## A pass, mlmfast in {settings['dtype']}", ""]
-        lines += [f"{settings['pairs']} rounds. {described(header)}.", ""]
+        lines += [f"{settings['pairs']} rounds. {described(header)}. {header.get('note', '')}".rstrip(), ""]
         columns = ["shape", "tokens a copy", "copies", "mlmfast", "of peak", "peer", "peer's time", "ratio", "max diff"]
         lines += [f"| {' | '.join([*columns, 'how the peer computes'])} |"]
         lines += ["|---|---:|---:|---:|---:|---|---:|---:|---:|---|"]
