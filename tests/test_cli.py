@@ -19,9 +19,11 @@ from typer.testing import CliRunner, Result
 import mlmfast
 from mlmfast import cli, corpus
 
-# Runs the command line in a process of its own. SLOW makes every call of score() wait, and says so to a file.
+# Runs the command line in a process of its own, which hears an interrupt even where a shell put this one into the
+# background, and so told it not to. SLOW makes every call of score() wait, and says so to a file.
 DRIVER = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import mlmfast
 from mlmfast.cli import main
 if os.environ.get("SLOW"):
