@@ -26,9 +26,9 @@ from mlmfast.packing import pack, unique_copies
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # float32: how far a log-probability may be from what it is compared with, times max(1, its size).
 FLOAT32_BOUND = 1e-4
-# bfloat16: how far from float32, as multiples of plain torch's own distance, and beyond it: in the root mean square
-# over tokens, and at the worst, whose error scatters too much to be compared as closely.
-NARROW_FACTOR, WORST_FACTOR, NARROW_BOUND = 2.0, 4.0, 1e-3
+# bfloat16: how far from float32, as a multiple of plain torch's own distance, and beyond it: in the root mean square
+# over tokens, and at the worst.
+NARROW_FACTOR, NARROW_BOUND = 2.0, 1e-3
 # And how far more a peer that rounds its log-probabilities to bfloat16, as a multiple of the largest: two spacings.
 ROUNDING = 2.0**-7
 # Rows of a case's copies together, unless told otherwise.
@@ -148,8 +148,8 @@ def agreement(
             judged.append(Agreement(apart, side, _relative(found, truth.logprobs), FLOAT32_BOUND))
         else:
             rounding = ROUNDING * float(np.abs(truth.logprobs).max()) if rounds and side == "the peer" else 0.0
-            for measure, factor in ((_root_mean_square, NARROW_FACTOR), (_worst, WORST_FACTOR)):
-                bound = factor * measure(truth.narrow - truth.logprobs) + NARROW_BOUND + rounding
+            for measure in (_root_mean_square, _worst):
+                bound = NARROW_FACTOR * measure(truth.narrow - truth.logprobs) + NARROW_BOUND + rounding
                 judged.append(Agreement(apart, side, measure(found - truth.logprobs), bound))
     wrong = [verdict for verdict in judged if not verdict.holds]
     return wrong[0] if wrong else max(judged, key=lambda verdict: verdict.error / verdict.bound)

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,7 +106,7 @@ class Exported:
         if request != self._request:
             self._forget()
             ways = self._ways(plan)
-            self._way = fastest({way: lambda way=way: self._compute(way, plan) for way in ways})  # type: ignore[misc]
+            self._way = fastest({way: partial(self._compute, way, plan) for way in ways})
             self._request = request
         assert self._way is not None
         return self._compute(self._way, plan)
