@@ -2,7 +2,8 @@
 
     python benchmarks/figure.py RESULT.json ... --output benchmarks/results/cpu
 
-Writes ``OUTPUT.png`` and ``OUTPUT.md``. Bars stand on 1x: what hangs below it is slower than the peer.
+Writes ``OUTPUT.png`` and ``OUTPUT.md``. Bars stand on 1x: what hangs below it is slower than the peer. Runs of ``bench
+pll`` in one dtype, a peer each for instance, share a table and a row of panels.
 """
 
 from __future__ import annotations
@@ -29,20 +30,43 @@ OTHER = "#999999"
 
 
 def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The results of ``bench pll`` and those of ``bench texts``."""
+    """The results of ``bench pll``, joined a dtype, and those of ``bench texts``."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return [r for r in results if "shape" in r["rows"][0]], [r for r in results if "model" in r["rows"][0]]
+    return joined([r for r in results if "shape" in r["rows"][0]]), [r for r in results if "model" in r["rows"][0]]
+
+
+def joined(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A result a dtype: the runs' headers, and all their rows with those of one case side by side."""
+    found = []
+    for dtype in unique(result["header"]["settings"]["dtype"] for result in results):
+        runs = [result for result in results if result["header"]["settings"]["dtype"] == dtype]
+        rows = [pair for run in runs for pair in zip(run["rows"], run["details"])]
+        shapes = unique(row["shape"] for row, _ in rows)
+        rows.sort(key=lambda pair: (shapes.index(pair[0]["shape"]), pair[0]["case"], pair[0]["length"]))
+        found.append(
+            {
+                "dtype": dtype,
+                "headers": [run["header"] for run in runs],
+                "rows": [row for row, _ in rows],
+                "details": [details for _, details in rows],
+            }
+        )
+    return found
+
+
+def machine(header: dict[str, Any]) -> str:
+    """Machine, versions and commit: what runs on one day have in common."""
+    versions = ", ".join(f"{name} {header[name]}" for name in ("python", "torch", "transformers", "mlmfast"))
+    cpu = f"{header['cpu']} ({header['instructions']}), {header['threads']} threads"
+    return f"{cpu}; {versions}; commit {header['commit']}"
 
 
 def described(header: dict[str, Any]) -> str:
-    """Machine, versions, commit and time in a sentence."""
-    names = ("python", "torch", "transformers", "mlmfast")
-    versions = {name: header[name] for name in names} | header.get("peers", {})
-    return (
-        f"{header['cpu']} ({header['instructions']}), {header['threads']} threads, load {header['load']} at the start; "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; commit {header['commit']}, "
-        f"{header['time']}"
-    )
+    """A run: what it compared with, where and when."""
+    against = header.get("peers") or dict.fromkeys(header["settings"]["against"], "")
+    peers = ", ".join(f"{name} {version}".rstrip() for name, version in against.items())
+    note = f" {header['note']}" if "note" in header else ""
+    return f"{machine(header)}; against {peers}; {header['time']}, load {header['load']} at the start.{note}"
 
 
 def case_name(row: dict[str, Any]) -> str:
@@ -85,7 +109,8 @@ def draw(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], outp
             draw_rates(panel, [row for row in every if row["model"] == model])
         for panel in axes[-1][len(unique(models)) :]:
             panel.set_axis_off()
-    notes = unique(described(result["header"]).rpartition(", ")[0] for result in [*passes, *texts])
+    headers = [header for result in passes for header in result["headers"]] + [result["header"] for result in texts]
+    notes = unique(machine(header) for header in headers)
     bottom = 0.02 + 0.022 * len(notes)
     figure.tight_layout(rect=(0, bottom, 1, 1), h_pad=2.0)
     figure.text(0.01, 0.008, "\n".join(notes), fontsize=6, color="#444444", va="bottom")
@@ -180,9 +205,9 @@ def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], 
         "",
     ]
     for result in passes:
-        header, settings = result["header"], result["header"]["settings"]
-        lines += [f"## A pass, mlmfast in {settings['dtype']}", ""]
-        lines += [f"{settings['pairs']} rounds. {described(header)}. {header.get('note', '')}".rstrip(), ""]
+        lines += [f"## A pass, mlmfast in {result['dtype']}", ""]
+        lines += [f"- {header['settings']['pairs']} rounds: {described(header)}" for header in result["headers"]]
+        lines.append("")
         columns = ["shape", "tokens a copy", "copies", "mlmfast", "of peak", "peer", "peer's time", "ratio", "max diff"]
         lines += [f"| {' | '.join([*columns, 'how the peer computes'])} |"]
         lines += ["|---|---:|---:|---:|---:|---|---:|---:|---:|---|"]
@@ -203,7 +228,7 @@ def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], 
     for result in texts:
         header, settings = result["header"], result["header"]["settings"]
         lines += [f"## {settings['texts']:,} texts from end to end, float32", ""]
-        lines += [f"Texts a second over {settings['rounds']} rounds. {described(header)}.", ""]
+        lines += [f"Texts a second over {settings['rounds']} rounds. {described(header)}", ""]
         lines += ["| model | mlmfast | peer | peer's | ratio | texts at once |", "|---|---:|---|---:|---:|---:|"]
         for row in result["rows"]:
             speeds = ["", "disagrees", ""]

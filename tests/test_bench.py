@@ -374,6 +374,9 @@ def test_figure_and_table_show_losses(sentence_file: Path, tmp_path: Path, monke
     passes.write_text(json.dumps(result))
     read = figure.read([passes, texts])
     assert [len(kind) for kind in read] == [1, 1]
+    both = figure.joined([json.loads(passes.read_text())] * 2)[0]  # as if each peer had a run of its own
+    assert [row["length"] for row in both["rows"]] == [9, 9, 12, 12]
+    assert len(both["headers"]) == 2
     table = figure.tabulate(*read, "it.png")
     assert "**0.5x (0.4-0.6)**" in table
     assert table.count("disagrees") == 1
