@@ -1,1 +1,31 @@
-"""Triton kernels, one file an op, imported as ``mlmfast.kernels``; this version has none yet."""
+"""Triton kernels, one file an op, imported as ``mlmfast.kernels``.
+
+Everything is packed rows; sums are in float32, and float32 products are IEEE, never TF32. With ``TRITON_INTERPRET=1`` in
+the environment when they are imported, the kernels run in Triton's interpreter, on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Tensor cores for bfloat16, which the kernels' products are written for, begin with this one.
+LEAST_CAPABILITY = (8, 0)
+
+
+def missing(op: str) -> str | None:
+    """Why this backend cannot serve an op here; None if it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not importable ({error}): pip install triton"
+    if triton.knobs.runtime.interpret:
+        return None
+    if not torch.cuda.is_available():
+        return "triton's kernels run without a GPU only with TRITON_INTERPRET=1 in the environment, which is for tests"
+    if torch.version.hip is not None:
+        return "triton's kernels here were never run on AMD's GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        least, found = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
+        return f"triton's kernels need compute capability {least} or newer, and this GPU has {found}"
+    return None

@@ -65,11 +65,13 @@ class Backend:
         return None if missing is None else missing(op)
 
 
-# Fastest first. The reference takes everything, so that a choice always exists.
+# Fastest first. The reference takes everything, so that a choice always exists; what comes after it serves by name only.
 BACKENDS = (
     Backend("cpu", "mlmfast.cpu", ("cpu",), (torch.float32, torch.bfloat16)),
-    Backend("triton", "mlmfast.kernels", ("cuda",)),
+    Backend("triton", "mlmfast.kernels", ("cuda",), (torch.float32, torch.float16, torch.bfloat16)),
     Backend("reference", "mlmfast.reference"),
+    # The same kernels without a GPU, thousands of times slower: for tests. Its bfloat16 is wrong (it rounds down).
+    Backend("interpreter", "mlmfast.kernels", ("cpu",), (torch.float32, torch.float16)),
 )
 
 _forced: ContextVar[str | None] = ContextVar("mlmfast_backend", default=None)

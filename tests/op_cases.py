@@ -27,6 +27,11 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     instructions: str | None = None
 
+    @property
+    def narrow(self) -> torch.dtype:
+        """A dtype of two bytes that it takes."""
+        return torch.bfloat16 if torch.bfloat16 in self.dtypes else torch.float16
+
     def __str__(self) -> str:
         return self.name if self.instructions is None else f"{self.name}.{self.instructions}"
 
@@ -40,6 +45,9 @@ BACKENDS = [
     Backend("reference", "cpu"),
     Backend("cpu", "cpu", (torch.float32, torch.bfloat16)),  # with the best instructions of this machine
     *(Backend("cpu", "cpu", (torch.float32, torch.bfloat16), lesser) for lesser in lesser_instructions()),
+    Backend("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16))
+    if torch.cuda.is_available()
+    else Backend("interpreter", "cpu", (torch.float32, torch.float16)),
 ]
 
 # Lengths of the sequences of a packed batch: one row, primes, block edges and their neighbours, a long one among short.

@@ -107,11 +107,11 @@ def test_rows_wherever_they_begin(backend: Backend, dtype: torch.dtype) -> None:
 @on_every_backend_in_float32
 def test_weights_of_another_dtype(backend: Backend) -> None:
     x, residual, bias, weight, norm_bias, eps = moved(arguments(3, 20), backend, torch.float32)
-    x, residual = x.bfloat16(), residual.bfloat16()
+    x, residual = x.to(backend.narrow), residual.to(backend.narrow)
     truth = plain(x.double(), residual.double(), bias.double(), weight.double(), norm_bias.double(), eps)
     with backends.forced(backend.name):
         got = add_layer_norm(x, residual, bias, weight, norm_bias, eps)
-    assert got.dtype == torch.bfloat16
+    assert got.dtype == backend.narrow
     torch.testing.assert_close(got.double(), truth, rtol=2**-8, atol=1e-5)
 
 

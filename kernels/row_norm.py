@@ -1,0 +1,26 @@
+"""LayerNorm of a row that a program holds."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mlmfast.kernels.launches import COMPILED, Launch
+
+
+@triton.jit
+def layer_norm(row, columns, width, weight, bias, eps):
+    """LayerNorm of the float32 ``row [BLOCK]``, whose numbers past ``width`` are 0; ``bias`` may be None."""
+    inside = columns < width
+    centred = tl.where(inside, row - tl.sum(row) / width, 0.0)
+    row = centred / tl.sqrt(tl.sum(centred * centred) / width + eps)
+    row *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        row += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return row
+
+
+def row_launch(width: int) -> Launch:
+    """How a program that holds a whole row is launched: its block and its warps."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))} | COMPILED
