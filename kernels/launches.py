@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -59,3 +60,20 @@ def measured(device: str) -> dict[str, dict[str, Launch]]:
     """What was measured on a device, nothing if that is nothing."""
     path = FOLDER / f"{device}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@contextmanager
+def trying(kernel: str, device: torch.device, name: str, tiles: Launch) -> Iterator[None]:
+    """Within the block a kernel's case is launched like this, whatever was measured."""
+    known = measured(device_name(device)).setdefault(kernel, {})
+    before = known.get(name)
+    known[name] = tiles
+    _launch.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del known[name]
+        else:
+            known[name] = before
+        _launch.cache_clear()

@@ -1,0 +1,278 @@
+"""The Triton kernels beyond their ops' tests: compiled for each GPU, launched as measured, inside whole models."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from op_cases import BACKENDS, bounds, moved, randn, serving
+from torch import Tensor
+
+from mlmfast import backends
+from mlmfast.errors import BackendError
+from mlmfast.model import MaskedLM
+
+pytest.importorskip("triton", reason="the kernels need triton")
+from mlmfast import kernels
+from mlmfast.kernels import disentangled_attention as banded
+from mlmfast.kernels import launches, vocab_topk
+from mlmfast.kernels.add_layer_norm import add_layer_norm
+from mlmfast.reference.disentangled_attention import disentangled_attention as plain_disentangled
+from mlmfast.reference.vocab_topk import vocab_topk as plain_topk
+
+ROOT = Path(__file__).parents[1]
+CAPABILITIES = (80, 90, 100)
+TRITON = next(b for b in BACKENDS if b.name in ("triton", "interpreter"))
+CPU = torch.device("cpu")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- compiled, not run
+
+
+def start(*arguments: str, code: str | None = None) -> subprocess.Popen[str]:
+    """benchmarks/resources.py in a process of its own: in this one the kernels are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *(["-c", code] if code else [str(ROOT / "benchmarks/resources.py")]), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """One process a GPU, side by side."""
+    running = {c: start("--targets", str(c), "--dtypes", "bfloat16,float32") for c in CAPABILITIES}
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_without_spills(compiling: dict[int, subprocess.Popen[str]], capability: int) -> None:
+    """And within the GPU's shared memory, and without TF32 in float32: else the script says so and exits with 1."""
+    out, errors = compiling[capability].communicate()
+    assert compiling[capability].returncode == 0, errors
+    found = [json.loads(line) for line in out.splitlines()]
+    assert {(entry["op"], entry["dtype"]) for entry in found} == {
+        (op, dtype) for op in backends.OPS for dtype in ("bfloat16", "float32")
+    }
+    assert all(entry["registers"] > 0 and entry["capability"] == capability for entry in found)
+
+
+@pytest.mark.slow
+def test_float16_compiles_without_spills() -> None:
+    process = start("--dtypes", "float16")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize(
+    ("plant", "dtype", "fault"),
+    [
+        ("tiles(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)", "bfloat16", "bytes of stack"),
+        ("tiles(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=5)", "bfloat16", "bytes of shared memory where"),
+        ("product._unsafe_update_src(product.src.replace('ieee', 'tf32'))", "float32", "TF32 in float32"),
+    ],
+    ids=["spills", "shared memory", "TF32"],
+)
+def test_faults_are_found(plant: str, dtype: str, fault: str) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import resources
+from mlmfast.kernels import attention
+from mlmfast.kernels.products import product
+def tiles(**chosen):
+    attention.usual_banded_launch = lambda *_: chosen
+every = resources.cases
+resources.cases = lambda dtype: (case for case in every(dtype) if case[1] == "D=128, L=512")
+{plant}
+resources.main()
+"""
+    process = start("--targets", "90", "--dtypes", dtype, "--ops", "disentangled_attention", code=code)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert fault in errors
+
+
+def test_the_committed_table_is_of_these_kernels() -> None:
+    """Every kernel stands in it, none with a fault. (It does not follow from this that it is of today's text.)"""
+    table = json.loads((ROOT / "benchmarks/results/triton_resources.json").read_text())["kernels"]
+    assert {entry["capability"] for entry in table} == set(CAPABILITIES)
+    assert {entry["op"] for entry in table} == set(backends.OPS)
+    assert not [entry for entry in table if entry["faults"] or entry["stack"]]
+
+
+# ---- launches
+
+
+def rule(dtype: torch.dtype, *sizes: int) -> launches.Launch:
+    return {"BLOCK_M": sizes[0], "num_warps": 4}
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder of measured configurations."""
+    monkeypatch.setattr(launches, "FOLDER", tmp_path)
+    for cached in (launches.measured, launches._launch):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (launches.measured, launches._launch):
+        cached.cache_clear()
+
+
+def test_what_was_measured_on_a_device_goes_before_the_rule(configs: Path) -> None:
+    (configs / "cpu.json").write_text(json.dumps({"band": {"float32 64": {"BLOCK_M": 128, "num_warps": 8}}}))
+    found = launches.launch("band", CPU, rule, torch.float32, 33)
+    assert (found["BLOCK_M"], found["num_warps"]) == (128, 8)  # 33 is a case of 64
+    assert launches.launch("band", CPU, rule, torch.float32, 65)["BLOCK_M"] == 128  # by the rule: 65 is one of 128
+    assert launches.launch("band", CPU, rule, torch.float32, 65)["num_warps"] == 4
+    assert launches.launch("band", CPU, rule, torch.bfloat16, 33)["BLOCK_M"] == 64
+    assert launches.launch("vocab", CPU, rule, torch.float32, 33)["BLOCK_M"] == 64
+
+
+def test_a_trial_ends_with_its_block(configs: Path) -> None:
+    case = launches.case(torch.float32, 32)
+    for _ in range(2):
+        with launches.trying("band", CPU, case, {"BLOCK_M": 7, "num_warps": 1}):
+            assert launches.launch("band", CPU, rule, torch.float32, 32)["BLOCK_M"] == 7
+        assert launches.launch("band", CPU, rule, torch.float32, 32)["BLOCK_M"] == 32
+
+
+def test_shipped_configurations_are_known_kernels() -> None:
+    for path in launches.FOLDER.glob("*.json"):
+        for kernel, cases in json.loads(path.read_text()).items():
+            assert kernel in {"attention", "disentangled_attention", "band", "vocab"}
+            assert all({"num_warps", "num_stages", "BLOCK_M", "BLOCK_N"} <= tiles.keys() for tiles in cases.values())
+
+
+def test_tuning_keeps_the_fastest_that_is_right(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune = script("tune")
+    slow, fast, wrong = ({"BLOCK_M": m, "num_warps": 4} for m in (16, 32, 64))
+
+    def chosen() -> int:
+        return launches.launch("band", CPU, lambda *_: slow, torch.float32, 64)["BLOCK_M"]
+
+    def call() -> Tensor:
+        return torch.full((3,), 2.0 if chosen() == 64 else 1.0)
+
+    case = tune.Case("band", launches.case(torch.float32, 64), slow, call, lambda: torch.ones(3), [fast, wrong])
+    seconds = {16: 3.0, 32: 2.0, 64: 1.0}
+    monkeypatch.setattr(tune, "milliseconds", lambda _: seconds[chosen()])
+    assert tune.tuned(case, CPU) == (fast, 1.5)
+    seconds[32] = 2.99
+    assert tune.tuned(case, CPU) == (None, 1.0)
+    tune.write(configs / "new" / "cpu.json", {"band": {case.name: fast}})
+    assert json.loads((configs / "new" / "cpu.json").read_text()) == {"band": {case.name: fast}}
+    assert [path.name for path in (configs / "new").iterdir()] == ["cpu.json"]
+
+
+# ---- the choice of backend
+
+
+def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "TRITON_INTERPRET=1" in str(kernels.missing("attention"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "capability 8.0 or newer, and this GPU has 7.5" in str(kernels.missing("attention"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert kernels.missing("attention") is None
+
+
+def test_triton_is_the_first_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "missing", lambda op: None)
+    backends.choose.cache_clear()
+    try:
+        for op in backends.OPS:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                assert backends.choose(op, "cuda", dtype).backend == "triton"
+            assert backends.choose(op, "cuda", torch.float64).backend == "reference"
+            assert backends.choose(op, "cpu", torch.float16).backend == "reference"  # the interpreter is never chosen
+        with pytest.raises(BackendError, match="does not run on cpu"):
+            backends.choose("linear", "cpu", torch.float32, "triton")
+    finally:
+        backends.choose.cache_clear()
+
+
+# ---- what the op tests' small shapes do not reach
+
+
+def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands larger than may be held at once: some heads after others, down to one."""
+    lengths, heads, width = [20, 5], 5, 8
+    q, k, v, pos_key = (randn(25, heads, width, seed=seed) for seed in range(4))
+    buckets = torch.arange(-30, 31).clamp(-12, 12).add(12).int()
+    shared = (buckets, bounds(lengths), bounds(lengths), 20, 20, None, 0.3)
+    given = moved((q, k, v, pos_key, pos_key.flip(0), *shared), TRITON, torch.float32)
+    right = plain_disentangled(*given)
+    groups: list[int] = []
+    attend = banded.attend
+
+    def counting(q: Tensor, *rest: Any, **options: Any) -> None:
+        groups.append(q.shape[1])
+        attend(q, *rest, **options)
+
+    monkeypatch.setattr(banded, "attend", counting)
+    for most, expected in ((1 << 30, [5]), (50 * 25 * 4 * 3, [3, 2]), (1, [1] * 5)):
+        monkeypatch.setattr(banded, "BANDS", most)
+        groups.clear()
+        with serving(TRITON):
+            torch.testing.assert_close(banded.disentangled_attention(*given), right, rtol=0, atol=1e-5)
+        assert groups == expected
+
+
+def test_topk_in_chunks_and_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = moved((randn(7, 8, seed=1), randn(300, 8, seed=2), randn(300, seed=3)), TRITON, torch.float32)
+    for candidates, k in ((1 << 23, 3), (40, 3), (1 << 23, 100), (700, 100), (1 << 23, 300)):
+        monkeypatch.setattr(vocab_topk, "CANDIDATES", candidates)
+        got, right = vocab_topk.vocab_topk(*given, k), plain_topk(*given, k)
+        torch.testing.assert_close(got[0], right[0], rtol=0, atol=1e-5)
+        assert torch.equal(got[1], right[1])
+
+
+def test_an_empty_launch_is_none() -> None:
+    """A grid of no programs is an error on a GPU."""
+    empty = torch.empty(0, 8, device=TRITON.device)
+    assert add_layer_norm(empty, None, None, empty.new_ones(8), None, 1e-5).shape == (0, 8)
+
+
+# ---- whole models
+
+
+@pytest.mark.skipif(TRITON.name != "interpreter", reason="the models stay on the CPU; tests/test_gpu.py moves them")
+@pytest.mark.parametrize("name", ["bert", "deberta", "deberta, all of it"])
+def test_models_score_as_they_do_in_plain_torch(
+    lms: dict[str, MaskedLM], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["The cat sat.", "A dog", "Cats and dogs sat down there."]
+    lm = lms[name]
+
+    monkeypatch.setattr(lm, "_backend", "reference")
+    right = lm.score(texts, ranks=True, entropies=True)
+    monkeypatch.setattr(lm, "_backend", "interpreter")
+    got = lm.score(texts, ranks=True, entropies=True)
+    for a, b in zip(right, got):
+        torch.testing.assert_close(torch.tensor(b.logprobs), torch.tensor(a.logprobs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.tensor(b.entropies), torch.tensor(a.entropies), rtol=1e-4, atol=1e-4)
+        assert list(a.ranks) == list(b.ranks)
