@@ -25,6 +25,7 @@ OPS = (
     "masked_embedding",
     "attention",
     "disentangled_attention",
+    "rotary",
     "add_layer_norm",
     "linear",
     "vocab_logprob",

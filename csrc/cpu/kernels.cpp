@@ -4,6 +4,7 @@
 #include "add_layer_norm_kernel.h"
 #include "attention_kernel.h"
 #include "masked_embedding_kernel.h"
+#include "rotary_kernel.h"
 #include "vocab_kernel.h"
 
 #define MLMFAST_JOIN(a, b) a##b
@@ -17,6 +18,7 @@ extern const mlmfast::Kernels mlmfast::MLMFAST_TABLE(MLMFAST_PATH) = {
     {attention_item<float, FloatProduct>, attention_item<bf16, HalfProduct>},
     {table_bytes<FloatProduct>, table_bytes<HalfProduct>},
     {pack_table<float, FloatProduct>, pack_table<bf16, HalfProduct>},
+    {rotary<float>, rotary<bf16>},
     {add_layer_norm<float>, add_layer_norm<bf16>},
     {masked_embedding<float>, masked_embedding<bf16>},
     {vocab_sums<float>, vocab_sums<bf16>},

@@ -45,6 +45,16 @@ struct AddLayerNorm {
   float eps;
 };
 
+// Positions are rows of the tables: checked before.
+struct Rotary {
+  const void* x;                // [T, H, D]
+  int64_t x_row, x_head;        // strides in elements; D is contiguous
+  const float *cos, *sin;       // [P, half], contiguous
+  const int64_t* position_ids;  // [T]
+  void* out;                    // [T, H, D], contiguous
+  int64_t heads, width, half;   // H, D; 2 * half <= D
+};
+
 // Ids are rows of their tables: checked before.
 struct MaskedEmbedding {
   const int64_t *token_ids, *position_ids, *token_types;  // [T]; null token types are all 0
@@ -80,6 +90,8 @@ struct Kernels {
   // Bytes of one head's panels, and panels [first, last) of them.
   int64_t (*table_bytes[2])(int64_t width, int64_t count);
   void (*pack_table[2])(const Table&, int64_t head, int64_t first, int64_t last, void* panels);
+  // Rows [first, last).
+  void (*rotary[2])(const Rotary&, int64_t first, int64_t last);
   // Rows [first, last); scratch for one row.
   void (*add_layer_norm[2])(const AddLayerNorm&, int64_t first, int64_t last, float* scratch);
   void (*masked_embedding[2])(const MaskedEmbedding&, int64_t first, int64_t last, float* scratch);

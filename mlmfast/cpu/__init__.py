@@ -15,7 +15,7 @@ import torch
 WITHOUT_EXTENSION = frozenset({"linear"})
 
 # The csrc/cpu/library.cpp that this Python goes with.
-VERSION = 1
+VERSION = 2
 
 # An earlier attempt may have left a wheel without the extension in pip's cache.
 REMEDY = (

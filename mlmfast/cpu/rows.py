@@ -12,7 +12,7 @@ def whole_rows(x: Tensor) -> Tensor:
 
 def whole_heads(x: Tensor) -> Tensor:
     """``x [T, H, D]`` itself if its heads are contiguous, wherever they begin; else a copy whose heads are."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def one_dtype(x: Tensor, *others: Tensor | None) -> bool:
