@@ -198,7 +198,11 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             yield "disentangled_attention", f"D={width}, L={length}", partial(banded, rows, rows, rows, *terms, *every)
             call = partial(banded, some, rows, rows, *terms, *few)
             yield "disentangled_attention", f"D={width}, L={length}, few queries", call
-    for width, tokens in ((256, 8192), (768, 128100), (1024, 250002)):
+    for width in (64, 128):
+        x = floats(TOKENS, 3, 12, width)[:, 0]
+        tables = [numbers(512, width // 2, dtype=torch.float32) for _ in range(2)]
+        yield "rotary", f"D={width}", partial(op("rotary"), x, *tables, ids(TOKENS))
+    for width, tokens in ((256, 8192), (768, 128100)):
         hidden, words, bias = floats(512, width), floats(tokens, width), floats(tokens)
         call = partial(op("vocab_logprob"), hidden, words, bias, ids(512), ids(512), 1.0)
         yield "vocab_logprob", f"d={width}, V={tokens}", call

@@ -124,21 +124,26 @@ def usual_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Lau
         width: of a head, a power of 2.
         queries, keys: most of them in a sequence, powers of 2.
     """
-    # float32 products are made of single multiplications, whose operands fill the registers.
-    most = (32 if width <= 64 else 16) if dtype == torch.float32 else (64 if width <= 128 else 32)
+    if dtype == torch.float32:  # products are made of single multiplications, whose operands fill the registers
+        most_rows = most_columns = 32 if width <= 64 else 16
+    else:
+        most_rows, most_columns = (64 if width <= 128 else 32), (64 if width <= 64 else 32)
     return {
-        "BLOCK_M": max(16, min(most, queries)),
-        "BLOCK_N": max(16, min(most, keys)),
-        "num_warps": 4 if most > 16 else 2,
+        "BLOCK_M": max(16, min(most_rows, queries)),
+        "BLOCK_N": max(16, min(most_columns, keys)),
+        "num_warps": 4,
         "num_stages": 2,
     }
 
 
 def usual_banded_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Launch:
-    """The same with bands, whose loads need as many registers again as the scores: so twice the threads."""
+    """The same with bands, whose loads need as many registers again as the scores: so smaller tiles or more threads."""
     tiles = usual_launch(dtype, width, queries, keys)
-    large = tiles["BLOCK_M"] * tiles["BLOCK_N"] >= 64 * 64
-    return tiles | {"num_warps": 8 if large else tiles["num_warps"]}
+    if tiles["BLOCK_M"] == 16:
+        tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 32)
+    if dtype == torch.float32:
+        return tiles | {"num_stages": 1 if width <= 64 else 2}
+    return tiles | {"num_warps": 8 if tiles["BLOCK_M"] * max(tiles["BLOCK_N"], width) >= 32 * 128 else 4}
 
 
 def attend(

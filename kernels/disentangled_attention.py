@@ -68,8 +68,8 @@ def band_kernel(
 
 def usual_band_launch(dtype: torch.dtype, width: int) -> Launch:
     """Without a measured one, for a head width that is a power of 2."""
-    side = (64 if width <= 64 else 32) if dtype == torch.float32 else 64
-    return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 4, "num_stages": 1}
+    side = 32 if dtype == torch.float32 else 64
+    return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 8 if width > 64 else 4, "num_stages": 1}
 
 
 def band(rows: Tensor, table: Tensor, table_rows: Tensor | None) -> Tensor:
