@@ -426,7 +426,10 @@ class MaskedLM:
         """Where and how batches are computed."""
         device = self.device
         rows = self._batch_tokens or usual_batch_tokens(spec, device)
-        graphs = self._graphs if device.type == "cuda" else None
+        graphs = None
+        if device.type == "cuda":  # the reference asks the device for bounds, which cannot be captured
+            services = backends.report(device.type, self.dtype)
+            graphs = None if any(service.backend == "reference" for service in services) else self._graphs
         return {"device": device, "batch_tokens": rows, "graphs": graphs}
 
     @contextmanager
