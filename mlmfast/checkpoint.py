@@ -53,6 +53,7 @@ def load(
     device: str | torch.device = "auto",
     backend: str = "auto",
     batch_tokens: int | None = None,
+    cuda_graphs: bool = True,
     revision: str | None = None,
     allow_random_head: bool = False,
 ) -> MaskedLM:
@@ -70,7 +71,10 @@ def load(
         dtype: ``"auto"`` (float32; a live model's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``.
         device: ``"auto"`` (CUDA if there is one; a live model's own) or a torch device.
         backend: ``"auto"``, or the name of one that must serve every op.
-        batch_tokens: most packed rows computed at once; bounds memory.
+        batch_tokens: most packed rows computed at once; bounds memory. None: what suits the device, on CUDA by the
+            memory that is free at each request.
+        cuda_graphs: on CUDA, record the pass of a small batch whose shape returns and replay it in one launch; a
+            recording holds some memory. Elsewhere it means nothing.
         revision: of a Hub name.
         allow_random_head: accept a checkpoint that lacks its prediction head. Its scores are noise.
 
@@ -90,7 +94,14 @@ def load(
     if live:
         name = check_live(model, tokenizer, None if dtype == "auto" else _dtype(dtype), device)
         return MaskedLM(
-            model, tokenizer, name=name, semantics=semantics, extras={}, backend=backend, batch_tokens=batch_tokens
+            model,
+            tokenizer,
+            name=name,
+            semantics=semantics,
+            extras={},
+            backend=backend,
+            batch_tokens=batch_tokens,
+            cuda_graphs=cuda_graphs,
         )
     name = os.path.expanduser(os.fspath(model))
     place = _device(device)
@@ -112,6 +123,7 @@ def load(
         extras=loaded.extras,
         backend=backend,
         batch_tokens=batch_tokens,
+        cuda_graphs=cuda_graphs,
     )
 
 

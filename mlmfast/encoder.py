@@ -3,6 +3,9 @@
 Rows are packed from start to end. In the last layer only scored rows ask queries, and only they pass its output
 projection, its feed-forward and the prediction head. Before the first layer the copies of a text are the same but for
 their masks, so its queries, keys and values are computed once for each distinct row.
+
+Nothing here waits for an accelerator: sizes come from the batch, which knows them on the host, so that launches run
+ahead of the device and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -136,14 +139,20 @@ def position_ids(embedding: Embedding, batch: PackedBatch) -> Tensor:
     counted = batch.token_ids.ne(embedding.padding_id).index_fill(0, batch.masked_rows, True).long()
     before = torch.cat([counted.new_zeros(1), counted.cumsum(0)])  # [T + 1]
     starts = batch.cu_seqlens[:-1].long()
-    within = before[1:] - torch.repeat_interleave(before[starts], batch.cu_seqlens.diff().long())
+    within = before[1:] - by_row(batch, before[starts])
     return within * counted + embedding.padding_id
 
 
 def row_positions(batch: PackedBatch) -> Tensor:
     """Each packed row's place in its copy, int64 ``[T]``."""
-    starts = torch.repeat_interleave(batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long())
+    starts = by_row(batch, batch.cu_seqlens[:-1].long())
     return torch.arange(batch.tokens, device=starts.device) - starts
+
+
+def by_row(batch: PackedBatch, values: Tensor) -> Tensor:
+    """A value a copy, ``[C]``, for each of the copy's rows, ``[T]``."""
+    # Without its size torch would wait for the device to add up the lengths.
+    return torch.repeat_interleave(values, batch.cu_seqlens.diff().long(), output_size=batch.tokens)
 
 
 def apply_layer(
@@ -183,7 +192,7 @@ def apply_convolution(
 ) -> Tensor:
     """``norm(out + activation(conv(hidden)))`` for the query rows; taps past a copy's ends read zeros."""
     positions = row_positions(batch)
-    lengths = torch.repeat_interleave(batch.cu_seqlens.diff().long(), batch.cu_seqlens.diff().long())
+    lengths = by_row(batch, batch.cu_seqlens.diff().long())
     rows = torch.arange(batch.tokens, device=hidden.device) if queries.rows is None else queries.rows
     taps = torch.arange(convolution.width, device=hidden.device) - convolution.width // 2
     reached = positions[rows][:, None] + taps  # [Tq, width]

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from mlmfast.architectures.spec import EncoderSpec, Head
 from mlmfast.encoder import encode, predict
+from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan, TokenSequence, copies_of, make_plan, parted
 from mlmfast.ops.vocab_logprob import vocab_logprob
 from mlmfast.ops.vocab_rows import vocab_rows
 from mlmfast.ops.vocab_topk import vocab_topk
 from mlmfast.packing import PackedBatch, halves, pack
 from mlmfast.reference import accumulation
+from mlmfast.staging import transferred
 
 # What is read at the scored rows: head, its hidden states [R, e], targets -> arrays with a row a target, [N, ...].
 Reader = Callable[[Head, Tensor, "Targets"], dict[str, Tensor]]
@@ -35,6 +37,9 @@ WINDOW_TOKENS = 1 << 21
 READ_ROWS = 512
 # Rows of whole distributions computed at once.
 CHUNK = 64
+# Bytes of what was read that may wait on a device before it is fetched; a CPU's results are where they should be.
+PATIENCE = {"cpu": 0}
+USUAL_PATIENCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -44,22 +49,56 @@ class Targets:
     Attributes:
         ids: int64 ``[N]``, token ids.
         rows: int64 ``[N]``, the row of the hidden states ``[R, e]`` that each is read from.
-        order: int64 ``[N]``, each one's place in the plan's ``targets``.
     """
 
     ids: Tensor
     rows: Tensor
-    order: Tensor
 
     @classmethod
-    def of(cls, batches: Sequence[PackedBatch]) -> Targets:
-        """Those of batches whose scored rows stand one after another."""
+    def of(cls, batches: Sequence[PackedBatch], device: torch.device) -> Targets:
+        """Those of batches whose scored rows stand one after another, brought to a device."""
         starts = accumulate([len(batch.scored_rows) for batch in batches], initial=0)
-        return cls(
-            torch.cat([batch.targets for batch in batches]),
-            torch.cat([batch.target_rows + start for batch, start in zip(batches, starts)]),
-            torch.cat([batch.order for batch in batches]),
-        )
+        ids = torch.cat([batch.targets for batch in batches])
+        rows = torch.cat([batch.target_rows + start for batch, start in zip(batches, starts)])
+        return cls(*transferred([ids, rows], device))
+
+
+class Values:
+    """What was read at a plan's targets, put in the plan's order on the host.
+
+    Fetching from an accelerator waits for everything that was launched, so what was read stays there while it is small,
+    and the next batches are launched meanwhile.
+    """
+
+    def __init__(self, targets: int, patience: int) -> None:
+        """``targets``: number of the plan's; ``patience``: bytes that may wait to be fetched."""
+        self._targets = targets
+        self._patience = patience
+        self._arrays: dict[str, np.ndarray] = {}
+        self._waiting: list[tuple[np.ndarray, dict[str, Tensor]]] = []
+        self._bytes = 0
+
+    def add(self, order: np.ndarray, found: dict[str, Tensor]) -> None:
+        """Takes named values ``[n, ...]`` of the targets at the places ``order`` int64 ``[n]`` of the plan."""
+        self._waiting.append((order, found))
+        self._bytes += sum(tensor.nbytes for tensor in found.values())
+        if self._bytes > self._patience:
+            self._fetch()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything, ``[targets, ...]`` a name."""
+        self._fetch()
+        return self._arrays
+
+    def _fetch(self) -> None:
+        for order, found in self._waiting:
+            for name, tensor in found.items():
+                array = tensor.cpu().numpy()
+                if name not in self._arrays:
+                    self._arrays[name] = np.empty((self._targets, *array.shape[1:]), array.dtype)
+                self._arrays[name][order] = array
+        self._waiting.clear()
+        self._bytes = 0
 
 
 def read_logprobs(temperature: float = 1.0, ranks: bool = False, entropies: bool = False) -> Reader:
@@ -111,12 +150,13 @@ def compute(
     *,
     device: torch.device,
     batch_tokens: int,
+    graphs: Graphs | None = None,
     advance: Callable[[float], Any],
 ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
     """Plans and computes sequences, a window of copies at a time.
 
     Args:
-        spec, read, device, batch_tokens: as in :func:`run`.
+        spec, read, device, batch_tokens, graphs: as in :func:`run`.
         sequences: what to score.
         mask_token_id, masking: of :func:`mlmfast.masking.make_plan`.
         advance: told how many sequences have been computed since it was told last, in fractions.
@@ -132,7 +172,7 @@ def compute(
         plan = make_plan([part for _, part in window], mask_token_id, **masking)
         share = sum(1 / awaited[i] for i, _ in window)
         step = partial(_scaled, advance, share)
-        values = run(spec, plan, read, device=device, batch_tokens=batch_tokens, advance=step)
+        values = run(spec, plan, read, device=device, batch_tokens=batch_tokens, graphs=graphs, advance=step)
         values["positions"] = plan.score_positions
         for place, (i, _) in enumerate(window):
             mine = slice(plan.score_offsets[place], plan.score_offsets[place + 1])
@@ -171,6 +211,7 @@ def run(
     *,
     device: torch.device,
     batch_tokens: int,
+    graphs: Graphs | None = None,
     advance: Callable[[float], Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Computes a plan.
@@ -181,35 +222,47 @@ def run(
         read: what is wanted at each target.
         device: where the weights are.
         batch_tokens: most packed rows at once; a batch that runs out of memory is halved and retried.
-        advance: told after each batch which share of the plan's work it was.
+        graphs: replays small batches whose shape returns, made with :func:`head_states`; None for none of that.
+        advance: told after each batch which share of the plan's work it was (on an accelerator: when it was launched).
 
     Returns:
         Named arrays with a row a target, in the plan's order.
     """
     waiting = pack(plan, batch_tokens)[::-1]
     rows = sum(batch.tokens for batch in waiting)
-    values: dict[str, np.ndarray] = {}
+    values = Values(len(plan.targets), PATIENCE.get(device.type, USUAL_PATIENCE))
+    states = _plain(spec, plan, device) if graphs is None else graphs.over(spec, plan.mask_token_id, device)
     encoded: list[tuple[PackedBatch, Tensor]] = []  # not read yet, with the head's hidden states [R, e]
     while waiting:
         batch = waiting.pop()
         try:
-            moved = batch.to(device)
-            encoded.append((moved, predict(spec, encode(spec, moved, plan.mask_token_id))))
+            encoded.append((batch, states(batch)))
         except (RuntimeError, MemoryError) as error:
-            if batch.copies == 1 or not out_of_memory(error):
+            if not out_of_memory(error):
                 raise
-            waiting.extend(halves(batch)[::-1])
+            if graphs is not None and graphs.forget():  # what they held may be what was missing
+                waiting.append(batch)
+            elif batch.copies > 1:
+                waiting.extend(halves(batch)[::-1])
+            else:
+                raise
             continue
         if not waiting or sum(len(hidden) for _, hidden in encoded) >= READ_ROWS:
             for order, found in _read(spec.head, encoded, read):
-                for name, tensor in found.items():
-                    array = tensor.cpu().numpy()
-                    whole = values.setdefault(name, np.empty((len(plan.targets), *array.shape[1:]), array.dtype))
-                    whole[order] = array
+                values.add(order, found)
             encoded.clear()
         if advance is not None:
             advance(batch.tokens / rows)
-    return values
+    return values.arrays()
+
+
+def head_states(spec: EncoderSpec, batch: PackedBatch, mask_token_id: int) -> Tensor:
+    """The whole pass up to the vocabulary: the head's hidden states ``[R, e]`` of a batch on the weights' device."""
+    return predict(spec, encode(spec, batch, mask_token_id))
+
+
+def _plain(spec: EncoderSpec, plan: MaskPlan, device: torch.device) -> Callable[[PackedBatch], Tensor]:
+    return lambda batch: head_states(spec, batch.to(device), plan.mask_token_id)
 
 
 def _read(
@@ -219,14 +272,15 @@ def _read(
 
     Yields the places of the targets in the plan, and what was found there.
     """
-    targets = Targets.of([batch for batch, _ in encoded])
+    batches = [batch for batch, _ in encoded]
     try:
+        targets = Targets.of(batches, encoded[0][1].device)
         found = read(head, torch.cat([hidden for _, hidden in encoded]), targets)
     except (RuntimeError, MemoryError) as error:
         if (len(encoded) == 1 and encoded[0][0].copies == 1) or not out_of_memory(error):
             raise
     else:
-        yield targets.order.cpu().numpy(), found
+        yield np.concatenate([batch.order.numpy() for batch in batches]), found
         return
     if len(encoded) == 1:
         batch, hidden = encoded[0]

@@ -13,19 +13,23 @@ from tqdm.auto import tqdm
 
 from mlmfast import architectures, backends
 from mlmfast.architectures.spec import Derived, EncoderSpec
+from mlmfast.arguments import (
+    check_batch_tokens,
+    check_on_error,
+    check_temperature,
+    check_top_k,
+    listed,
+    listed_options,
+    listed_pairs,
+)
+from mlmfast.budget import usual_batch_tokens
 from mlmfast.cpu import products
 from mlmfast.errors import MLMFastError, RequestError, TextError
-from mlmfast.execution import Reader, compute, read_best, read_logprobs, read_rows, run
+from mlmfast.execution import Reader, compute, head_states, read_best, read_logprobs, read_rows, run
+from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan, check_metric, make_plan
 from mlmfast.results import Distribution, Fill, Ranking, Score
 from mlmfast.tokenization import EncodedText, TextEncoder
-
-NORMALIZATIONS = (None, "tokens", "unconditional")
-
-# Rows that a batch may hold unless told otherwise, by the bytes of a number. On a CPU more are slower: a base model's
-# widest intermediate then passes 32 MiB, and what is larger than that glibc hands back to the system and faults in anew
-# each time.
-BATCH_TOKENS = {"cpu": {2: 4096, 4: 2048}, "cuda": {2: 65536, 4: 65536}}
 
 
 class MaskedLM:
@@ -37,7 +41,6 @@ class MaskedLM:
         model: the Hugging Face model whose weights are used.
         tokenizer: its tokenizer.
         semantics: ``"trained"`` or ``"upstream"``.
-        batch_tokens: most packed rows computed at once.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class MaskedLM:
         extras: dict[str, Tensor],
         backend: str = "auto",
         batch_tokens: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -60,10 +64,8 @@ class MaskedLM:
         self._extras = extras
         self._derived = Derived()
         self._backend = None if backend == "auto" else backend
-        usual = BATCH_TOKENS.get(self.device.type, {}).get(self.dtype.itemsize, 2048)
-        self.batch_tokens = usual if batch_tokens is None else batch_tokens
-        if self.batch_tokens < 1:
-            raise RequestError(f"batch_tokens={batch_tokens} holds no row; 1 is the least")
+        self._batch_tokens = check_batch_tokens(batch_tokens)
+        self._graphs = Graphs(head_states) if cuda_graphs else None
         with backends.forced(self._backend):
             backends.report(self.device.type, self.dtype)  # a forced backend that cannot serve says so now
         self._encoder(self.spec())  # a model or tokenizer that cannot serve says so now, too
@@ -84,6 +86,15 @@ class MaskedLM:
         return next(self.model.parameters()).dtype
 
     @property
+    def batch_tokens(self) -> int:
+        """Most packed rows computed at once: as set, or what suits the device, on CUDA by the memory free now."""
+        return self._batch_tokens or usual_batch_tokens(self.spec(), self.device)
+
+    @batch_tokens.setter
+    def batch_tokens(self, batch_tokens: int | None) -> None:
+        self._batch_tokens = check_batch_tokens(batch_tokens)
+
+    @property
     def max_length(self) -> int | None:
         """Longest sequence the model holds, special tokens included; None where only memory limits it."""
         return self.spec().max_length
@@ -96,6 +107,8 @@ class MaskedLM:
     def refresh(self) -> None:
         """Forgets what was computed from the weights. Only needed after they were written through ``.data``."""
         self._derived.clear()
+        if self._graphs is not None:
+            self._graphs.forget()
         products.forget()
 
     def __repr__(self) -> str:
@@ -147,7 +160,7 @@ class MaskedLM:
             RequestError: the arguments are wrong.
             TextError: a text cannot be scored, and ``on_error="raise"``.
         """
-        _check_temperature(temperature)
+        check_temperature(temperature)
 
         def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> Score:
             ids = encoded.sequence.token_ids[positions]
@@ -178,11 +191,7 @@ class MaskedLM:
         """
         if "spans" in options:
             raise RequestError("score_continuations() sets the spans itself; with your own, call score()")
-        pairs = _listed(pairs, "pairs")
-        for i, pair in enumerate(pairs):
-            parts = pair if isinstance(pair, (tuple, list)) else ()
-            if [isinstance(part, str) for part in parts] != [True, True]:
-                raise RequestError(f"pair {i} is not (prefix, continuation), two strings: {pair!r}")
+        pairs = listed_pairs(pairs)
         spans = [(len(prefix), None) for prefix, _ in pairs]
         return self.score([prefix + continuation for prefix, continuation in pairs], spans=spans, **options)
 
@@ -213,17 +222,7 @@ class MaskedLM:
             RequestError: no options, an unknown ``normalize``, or arguments that do not apply.
             TextError: an option cannot be scored; its index is the option's.
         """
-        options = _listed(options, "options")
-        if not options:
-            raise RequestError("rank() needs at least one option")
-        if normalize not in NORMALIZATIONS:
-            raise RequestError(f"normalize={normalize!r} is not known; choose None, 'tokens' or 'unconditional'")
-        if scoring.get("on_error", "raise") != "raise":
-            raise RequestError("rank() compares all options or none; on_error='return' does not apply")
-        if scoring.get("truncation") == "right":
-            raise RequestError(
-                "truncation='right' would cut the options, and what is cut cannot be compared; pass truncation='left'"
-            )
+        options = listed_options(options, normalize, scoring)
         scores = self.score_continuations([(prompt, option) for option in options], metric=metric, **scoring)
         values = np.array([score.total for score in scores])
         if normalize == "tokens":
@@ -256,8 +255,8 @@ class MaskedLM:
 
         The other arguments, the order and the errors are those of :meth:`score`.
         """
-        _check_temperature(temperature)
-        self._check_top_k(top_k)
+        check_temperature(temperature)
+        check_top_k(top_k, self.vocab_size)
         read = read_rows(temperature) if top_k is None else read_best(top_k, temperature)
 
         def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> Distribution:
@@ -299,7 +298,7 @@ class MaskedLM:
         Raises:
             TextError: a text has no mask, or cannot be read.
         """
-        _check_temperature(temperature)
+        check_temperature(temperature)
 
         def make(encoded: EncodedText, positions: np.ndarray, values: dict[str, np.ndarray]) -> list[Fill]:
             return [
@@ -315,8 +314,8 @@ class MaskedLM:
             ]
 
         single = isinstance(texts, str)
-        batch = [texts] if isinstance(texts, str) else _listed(texts, "texts")
-        self._check_top_k(top_k)
+        batch = [texts] if isinstance(texts, str) else listed(texts, "texts")
+        check_top_k(top_k, self.vocab_size)
         read = read_best(top_k, temperature)
         filled = self._each(batch, None, None, "raise", None, {"metric": "unmasked"}, read, make, scores_masks=True)
         return filled[0] if single else filled
@@ -337,7 +336,7 @@ class MaskedLM:
             RequestError, TextError: as :meth:`score` does.
         """
         encoder = self._encoder(self.spec())
-        encoded = encoder.encode(_listed(texts, "texts"), spans, truncation)
+        encoded = encoder.encode(listed(texts, "texts"), spans, truncation)
         for one in encoded:
             if isinstance(one, TextError):
                 raise one
@@ -354,11 +353,10 @@ class MaskedLM:
         Returns:
             float32 ``[N]`` in nats, in the plan's order.
         """
-        _check_temperature(temperature)
+        check_temperature(temperature)
         with self._computing():
-            values = run(
-                self.spec(), plan, read_logprobs(temperature), device=self.device, batch_tokens=self.batch_tokens
-            )
+            spec = self.spec()
+            values = run(spec, plan, read_logprobs(temperature), **self._means(spec))
         logprobs = values.get("logprobs", np.zeros(0, np.float32))
         if not np.isfinite(logprobs).all():
             raise MLMFastError(f"the plan {self._not_finite()}")
@@ -377,10 +375,9 @@ class MaskedLM:
         scores_masks: bool = False,
     ) -> list[Any]:
         """Texts -> plan -> batches -> encoder -> ``read`` -> ``make``, a window of texts at a time."""
-        texts = _listed(texts, "texts")
+        texts = listed(texts, "texts")
         check_metric(**masking)
-        if on_error not in ("raise", "return"):
-            raise RequestError(f"on_error={on_error!r} is not known; choose 'raise' or 'return'")
+        check_on_error(on_error)
         spec = self.spec()
         encoder = self._encoder(spec)
         encoded = encoder.encode(texts, spans, truncation, scores_masks=scores_masks)
@@ -408,9 +405,8 @@ class MaskedLM:
                 encoder.mask_token_id,
                 masking,
                 read,
-                device=self.device,
-                batch_tokens=self.batch_tokens,
                 advance=bar.update,
+                **self._means(spec),
             )
             for place, positions, values in computed:
                 i = good[place]
@@ -425,6 +421,16 @@ class MaskedLM:
     def _encoder(self, spec: EncoderSpec) -> TextEncoder:
         """The tokenizer with the limits of the model as it is now: a live one may have grown new tokens."""
         return TextEncoder(self.tokenizer, self.name, spec.max_length, len(spec.embedding.words))
+
+    def _means(self, spec: EncoderSpec) -> dict[str, Any]:
+        """Where and how batches are computed."""
+        device = self.device
+        rows = self._batch_tokens or usual_batch_tokens(spec, device)
+        graphs = None
+        if device.type == "cuda":  # the reference asks the device for bounds, which cannot be captured
+            services = backends.report(device.type, self.dtype)
+            graphs = None if any(service.backend == "reference" for service in services) else self._graphs
+        return {"device": device, "batch_tokens": rows, "graphs": graphs}
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -442,18 +448,3 @@ class MaskedLM:
             f"gets NaN or infinite log-probabilities from {self.name}: its weights have become NaN, or numbers "
             f"overflow in {self.dtype} (a wider dtype, or a temperature closer to 1, may help)"
         )
-
-    def _check_top_k(self, top_k: int | None) -> None:
-        if top_k is not None and not 1 <= top_k <= self.vocab_size:
-            raise RequestError(f"top_k={top_k} is not between 1 and the vocabulary's {self.vocab_size}")
-
-
-def _listed(items: Any, what: str) -> list[Any]:
-    if isinstance(items, str):
-        raise RequestError(f"{what} is one string; put it in a list")
-    return list(items)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
-        raise RequestError(f"temperature={temperature!r} is not a number above 0")

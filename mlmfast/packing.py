@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from mlmfast.masking import MaskPlan
+from mlmfast.staging import transferred
+
+# What the encoder reads; what is predicted at the scored rows, and where it goes, stays on the host until it is read.
+ENCODED = ("token_ids", "masked_rows", "scored_rows", "scored_positions", "cu_seqlens", "cu_scored")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +60,17 @@ class PackedBatch:
         return len(self.token_ids)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on a device."""
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **tensors)
+        """The same batch with what the encoder reads on a device."""
+        return self.over(transferred(self.encoded(), device))
+
+    def encoded(self) -> list[Tensor]:
+        """What the encoder reads, in the order of :data:`ENCODED`."""
+        return [getattr(self, name) for name in ENCODED]
+
+    def over(self, encoded: list[Tensor]) -> PackedBatch:
+        """The same batch that reads these instead of its own :meth:`encoded`."""
+        fields: dict[str, Any] = dict(zip(ENCODED, encoded))
+        return replace(self, **fields)
 
     def __repr__(self) -> str:
         return f"PackedBatch(copies={self.copies}, tokens={self.tokens}, scored={len(self.scored_rows)})"

@@ -1,0 +1,57 @@
+"""How many packed rows are computed at once, unless the user says."""
+
+from __future__ import annotations
+
+import torch
+
+from mlmfast.architectures.spec import EncoderSpec, Layer
+
+# On a CPU, by the bytes of a number: more are slower. A base model's widest intermediate then passes 32 MiB, and what
+# is larger than that glibc hands back to the system and faults in anew each time.
+CPU_ROWS = {2: 4096, 4: 2048}
+USUAL_ROWS = 2048
+# On a GPU: as memory allows, between what keeps it busy and what still gains from company.
+LEAST_ROWS = 1024
+MOST_ROWS = 65536
+# The part of free memory that a batch is planned to fill. The rest is for what is not counted by rows: the allocator's
+# unused pieces, cuBLAS's workspace, the vocabulary's tiles, captured passes, and other processes that grow.
+SHARE = 0.5
+# Bytes of DeBERTa's position terms, which backends work through some heads at a time.
+POSITION_TERMS = 256 << 20
+# Bytes of a row's int64 numbers: ids, places, bounds and masks, a handful of each at a time.
+ROW_NUMBERS = 128
+
+
+def usual_batch_tokens(spec: EncoderSpec, device: torch.device) -> int:
+    """Rows of a batch for a model on a device, as much memory as it has free now."""
+    itemsize = spec.embedding.words.dtype.itemsize
+    if device.type == "cpu":
+        return CPU_ROWS.get(itemsize, USUAL_ROWS)
+    if device.type != "cuda":
+        return USUAL_ROWS
+    room = free_memory(device) * SHARE - (0 if spec.buckets is None else POSITION_TERMS)
+    rows = int(room / row_bytes(spec))
+    return min(MOST_ROWS, max(LEAST_ROWS, rows // LEAST_ROWS * LEAST_ROWS))
+
+
+def row_bytes(spec: EncoderSpec) -> int:
+    """Most bytes that a packed row holds at any time in the pass."""
+    width = max(_layer_width(layer) for layer in spec.layers)
+    return width * spec.embedding.words.dtype.itemsize + ROW_NUMBERS
+
+
+def _layer_width(layer: Layer) -> int:
+    """Numbers a row at the end of a layer, whose queries, keys and values are held till then."""
+    hidden, inner = layer.output.weight.shape  # inner: all heads together
+    # The layer's input, what attention added to it, the feed-forward's product and the sum; queries, keys, values and
+    # what attention made of them; the feed-forward's inside.
+    width = 4 * hidden + 4 * inner + layer.up.weight.shape[0]
+    if layer.convolution is not None:  # the input once more with a row of zeros, and its taps side by side
+        width += hidden + layer.convolution.linear.weight.shape[1]
+    return width
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that nobody uses: those that the driver has, and those that torch holds without use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

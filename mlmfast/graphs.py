@@ -1,0 +1,204 @@
+"""CUDA graphs: a small batch whose shape returns is replayed in one launch instead of hundreds.
+
+A pass over few rows takes as long as it takes the host to launch its kernels. A graph records them with every address,
+size and number that they were given, and a replay gives them the same ones again. So a recording serves a batch only if
+all of that is the same: batches find theirs by their shape, and all are forgotten when a tensor of the model stands
+elsewhere or is laid out otherwise than it was, or torch's settings or stream are others. Weights changed in place are
+read anew by a replay. A backend that serves CUDA therefore must not keep tensors of its own from one call to the next:
+a recording would read them where they were.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from mlmfast.architectures.spec import EncoderSpec
+from mlmfast.packing import PackedBatch
+from mlmfast.staging import laid_over, staged
+
+# A pass over a packed batch on the weights' device, with the mask token's id: hidden states [R, e].
+Pass = Callable[[EncoderSpec, PackedBatch, int], Tensor]
+# Runs what it is given, and returns a function that does the same work once more, on what then stands in the same
+# tensors, and gives the same output tensor, overwritten.
+Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+
+# Rows above which the kernels of a base model take longer than their launches.
+MOST_ROWS = 4096
+# Recording costs some passes and a synchronisation, so a shape has to come this often first ...
+TIMES = 3
+# ... among this many shapes, of which this many stay recorded.
+REMEMBERED = 256
+MOST_RECORDINGS = 32
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded pass.
+
+    Attributes:
+        buffer: uint8 ``[bytes]``, where the pass reads its batch, laid out as :func:`mlmfast.staging.staged` does.
+        replay: runs it, and returns its output ``[R, e]``, which the next replay overwrites.
+    """
+
+    buffer: Tensor
+    replay: Callable[[], Tensor]
+
+
+class CudaRecorder:
+    """Records passes as CUDA graphs of one memory pool: they never run at the same time, so each may use it all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):  # around the capture too, which does not leave its stream if it fails
+            # What happens once must not be recorded: kernels are compiled, and cuBLAS finds a workspace for the stream.
+            run()
+            graph = torch.cuda.CUDAGraph()
+            pool = next((one.pool() for one in self._graphs), None)  # a pool goes with its last graph
+            # Other threads may go on allocating meanwhile.
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+                output = run()
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._graphs.add(graph)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+
+class Graphs:
+    """Runs a pass over batches, and records and replays it where that pays.
+
+    Args:
+        compute: the pass. It must not wait for the device, and must launch the same kernels for the same shapes.
+        recorder: makes what records on a device.
+    """
+
+    def __init__(self, compute: Pass, recorder: Callable[[torch.device], Recorder] = CudaRecorder) -> None:
+        self._compute = compute
+        self._make_recorder = recorder
+        self._recorder: Recorder | None = None
+        self._setting: Hashable = None
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()  # how often a shape has come, the latest last
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the latest used last
+        self._refused: set[Hashable] = set()
+        self._warned = False
+        self._lock = threading.Lock()  # a recording has one place for its batch and one for its output
+
+    def over(self, spec: EncoderSpec, mask_token_id: int, device: torch.device) -> Callable[[PackedBatch], Tensor]:
+        """The pass from a batch on the host to hidden states ``[R, e]``.
+
+        Ask for it in each request: what the model's tensors are is looked at here, not in every batch.
+        """
+        setting = (device, *_settings(device), mask_token_id, signature(spec))
+        return partial(self._run, spec, mask_token_id, device, setting)
+
+    def forget(self) -> bool:
+        """Drops all recordings and their memory. Returns whether there were any."""
+        with self._lock:
+            return self._forget()
+
+    def _forget(self) -> bool:
+        held = bool(self._recordings)
+        self._recordings.clear()
+        self._seen.clear()
+        self._recorder = None
+        return held
+
+    def _run(
+        self, spec: EncoderSpec, mask_token_id: int, device: torch.device, setting: Hashable, batch: PackedBatch
+    ) -> Tensor:
+        if batch.tokens <= MOST_ROWS:
+            with self._lock:
+                recording = self._recording(spec, mask_token_id, device, setting, batch)
+                if recording is not None:
+                    recording.buffer.copy_(staged(batch.encoded(), device), non_blocking=True)
+                    return recording.replay().clone()
+        return self._compute(spec, batch.to(device), mask_token_id)
+
+    def _recording(
+        self, spec: EncoderSpec, mask_token_id: int, device: torch.device, setting: Hashable, batch: PackedBatch
+    ) -> Recording | None:
+        """The recording that serves a batch, made now if its time has come; None for a plain pass."""
+        if setting != self._setting:
+            self._forget()
+            self._refused.clear()
+            self._setting = setting
+        key = shape_of(batch)
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+            return self._recordings[key]
+        if key in self._refused:
+            return None
+        times = self._seen[key] = self._seen.pop(key, 0) + 1
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        if times < TIMES:
+            return None
+        del self._seen[key]
+        try:
+            recording = self._record(spec, mask_token_id, device, batch)
+        except Exception as error:  # whatever it is, the plain pass either works or says so itself
+            self._refused.add(key)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"a pass could not be recorded as a CUDA graph and runs without, which is slower for short texts "
+                    f"({type(error).__name__}: {error}); load(..., cuda_graphs=False) does not try",
+                    stacklevel=2,
+                )
+            return None
+        self._recordings[key] = recording
+        if len(self._recordings) > MOST_RECORDINGS:
+            self._recordings.popitem(last=False)
+        return recording
+
+    def _record(self, spec: EncoderSpec, mask_token_id: int, device: torch.device, batch: PackedBatch) -> Recording:
+        if self._recorder is None:
+            self._recorder = self._make_recorder(device)
+        buffer = staged(batch.encoded(), device).to(device)
+        resident = batch.over(laid_over(buffer, batch.encoded()))
+        return Recording(buffer, self._recorder(lambda: self._compute(spec, resident, mask_token_id)))
+
+
+def shape_of(batch: PackedBatch) -> Hashable:
+    """What the launches of a pass depend on in a batch: its numbers ``T, M, R, C`` and the longest of its copies."""
+    return (*(len(tensor) for tensor in batch.encoded()), batch.max_seqlen, batch.max_scored)
+
+
+def signature(part: Any) -> Hashable:
+    """What a recording holds fast of a spec: where each tensor is and how it is laid out, and every number."""
+    if isinstance(part, Tensor):
+        return (part.data_ptr(), part.dtype, tuple(part.shape), part.stride(), part.device)
+    if is_dataclass(part):
+        return tuple(signature(getattr(part, field.name)) for field in fields(part))
+    if isinstance(part, (list, tuple)):
+        return tuple(signature(one) for one in part)
+    return part
+
+
+def _settings(device: torch.device) -> tuple[Hashable, ...]:
+    """The stream, and what else of torch's state chooses kernels."""
+    products = torch.backends.cuda.matmul
+    return (
+        torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None,
+        products.fp32_precision,
+        products.allow_bf16_reduced_precision_reduction,
+        products.allow_fp16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
