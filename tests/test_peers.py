@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from mlmfast.bench import app, peers
-from mlmfast.bench.peers.exported import Way, fastest, plain_logprobs
+from mlmfast.bench.peers.exported import Way, fastest
+from mlmfast.bench.peers.scored import plain_logprobs
 from mlmfast.bench.peers.subject import batch_shapes, padded_batches
 from mlmfast.bench.pll import Bench
 from mlmfast.bench.shapes import SHAPES
@@ -107,7 +108,7 @@ def test_threads_stay_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["minicons", "onnxruntime", "openvino"])
 def test_a_wrong_peer_gets_no_speed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(name)
-    monkeypatch.setattr("mlmfast.bench.pll.Peak", lambda dtype, products: Peak(dtype, ((32, 32, 32),)))
+    monkeypatch.setattr("mlmfast.bench.pll.Peak", lambda dtype, products, device: Peak(dtype, ((32, 32, 32),)))
     kind = peers.PEERS[name]
     honest = kind.logprobs
 
@@ -126,7 +127,7 @@ def test_a_wrong_peer_gets_no_speed(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="choose from hf, hf-compile"):
+    with pytest.raises(RequestError, match="choose from hf, hf-scored, hf-compile"):
         peers.named(["gpt"], "float32")
     with pytest.raises(RequestError, match="onnxruntime computes in float32 here.*onnxruntime:float32"):
         peers.named(["hf", "onnxruntime"], "bfloat16")
