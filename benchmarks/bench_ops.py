@@ -247,19 +247,33 @@ def replayed(calls: Sequence[Callable[[], object]], device: str) -> tuple[Callab
     synchronize(device)
     if torch.device(device).type != "cuda":
         return every, "host clock"
-    graph = torch.cuda.CUDAGraph()
-    try:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            every()  # libraries set themselves up for a stream
-        torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(graph):
-            every()
-    except RuntimeError:
-        synchronize(device)
+    if waits(every):
         return every, "events"
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        every()  # libraries set themselves up for a stream
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        every()
     return graph.replay, "graph"
+
+
+def waits(run: Callable[[], object]) -> bool:
+    """Whether a run asks the device for something, so that it cannot be captured.
+
+    It is tried out before capturing: a capture that fails leaves torch's random numbers of the device unusable.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def checked(

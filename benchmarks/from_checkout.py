@@ -1,8 +1,8 @@
-"""Runs a script or a module on this checkout, with nothing installed: for a bare machine without pip or network.
+"""Runs a script, a module or ``mlmfast`` itself on this checkout, with nothing installed: no pip, no network.
 
     python benchmarks/from_checkout.py benchmarks/gpu.py --help
     python benchmarks/from_checkout.py -m pytest -m gpu
-    python benchmarks/from_checkout.py -m mlmfast.cli doctor
+    python benchmarks/from_checkout.py mlmfast doctor
 
 An installation is what makes ``kernels/`` the package ``mlmfast.kernels``; ``PYTHONPATH`` alone cannot. Here that one
 module is put in its place before anything else is imported, whatever is installed besides.
@@ -49,6 +49,10 @@ def main() -> None:
     if sys.argv[0] == "-m":
         del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    elif sys.argv[0] == "mlmfast":
+        from mlmfast.cli import main as command
+
+        command()
     else:
         sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
         runpy.run_path(sys.argv[0], run_name="__main__")

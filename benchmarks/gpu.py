@@ -3,7 +3,8 @@
     make gpu-bench PYTHON=python3
 
 Correctness first: every op against float64. Then passes against peers and the ops one by one, what matters most first,
-until the budget is spent; what was left out is listed. ``RESULTS/<device>/gpu.json`` is written anew after every step,
+until the budget is spent; what was left out is listed, and can be asked for by name in a run of its own (``--shapes
+roberta-large --name gpu_large``, say). ``RESULTS/<device>/NAME.json`` is written anew after every step,
 so that whatever ends the run leaves what it had; the table and the figure come last. Exit status: 0 all rows agree, 1
 some disagree or failed, 2 the request is wrong.
 """
@@ -130,8 +131,8 @@ def blocks(
 ) -> list[list[Case]]:
     """Every case, the most important first.
 
-    The base shapes in the first dtype; one of each compiled; the base shapes in the other dtypes; the larger shapes;
-    lengths beyond 512; the other compiled ones, which cost more than a minute each.
+    The base shapes in the first dtype, then in the others; the larger shapes at one length; one of each base shape
+    compiled, which costs more than a minute; the larger shapes' other lengths; lengths beyond 512; the rest.
     """
     base = [shape for shape in shapes if size_of(shape) in ("base", "toy")]
     larger = [shape for shape in shapes if shape not in base]
@@ -140,9 +141,10 @@ def blocks(
     plain, compiled = ([peer for peer in against if (peer in COMPILED) is kind] for kind in (False, True))
     wanted: list[tuple[Sequence[str], Sequence[str], Sequence[int], Sequence[str]]] = [
         (base, first, short, plain),
-        (base, first, short[:1], compiled),
         (base, others, short, plain),
-        (larger, first, short, plain),
+        (larger, first, short[:1], plain),
+        (base, first, short[:1], compiled),
+        (larger, first, short[1:], plain),
         (larger, others, short[:1], plain),
         (shapes, dtypes, [length for length in lengths if length > LONG], plain),
         (base, first, short[1:], compiled),
@@ -170,6 +172,11 @@ def serving(shape: str, against: Sequence[str]) -> tuple[str, ...]:
 def capped(bench: Bench, length: int, labels: Sequence[str], copy_tokens: int, most_seconds: float) -> int:
     """How many copies to measure: ``copy_tokens`` rows, fewer where a side would take longer than ``most_seconds``."""
     copies = max(1, copy_tokens // length)
+    # A sixteenth first: where a side is far too slow, all of them would take many seconds.
+    probe = max(1, copies // 16)
+    expected = max(bench.tried(bench.texts(length, probe), labels).values()) * copies / probe
+    if expected > most_seconds:
+        copies = max(1, int(0.9 * copies * most_seconds / expected))
     while copies > 1:
         slowest = max(bench.tried(bench.texts(length, copies), labels).values())
         if slowest <= most_seconds:
@@ -357,6 +364,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--copy-tokens", type=int, default=COPY_TOKENS, help="most rows of a case's copies")
     parser.add_argument("--most-seconds", type=float, default=MOST_SECONDS, help="of a repeat of a side")
     parser.add_argument("--toy", action="store_true", help="the machinery in seconds: toy shapes and small products")
+    parser.add_argument("--name", default="gpu", help="of the files in the device's folder")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="holds a folder a device")
     found = parser.parse_args(arguments)
     if found.toy:
@@ -385,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with full_float32():
         bandwidth = copy_bandwidth(its.device, COPY_BYTES if not its.toy else 1 << 20)
-        result = Result(folder / "gpu.json", header_of(its, bandwidth))
+        result = Result(folder / f"{its.name}.json", header_of(its, bandwidth))
         result.write()
         passes = Passes(its, ((64, 64, 64),) if its.toy else None)
         result.header["matrix_rates"] = passes.rates
@@ -393,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result.write(finished=True)
     for name in result.lists["not_run"]:
         say(f"not run: {name}")
-    figure.write([result.path], folder / "gpu")
+    figure.write([result.path], folder / its.name)
     say(f"written: {result.path}")
     return 0 if result.agrees else 1
 
