@@ -169,20 +169,26 @@ def serving(shape: str, against: Sequence[str]) -> tuple[str, ...]:
     return tuple(peer for peer in against if deberta or peer != "disentangled-flash")
 
 
+def even(copies: int) -> int:
+    """So many or a few less, so that batches of any power of two up to 512 divide them: a compiled peer is compiled for
+    each size of a batch."""
+    return copies // 512 * 512 if copies >= 512 else 1 << (copies.bit_length() - 1)
+
+
 def capped(bench: Bench, length: int, labels: Sequence[str], copy_tokens: int, most_seconds: float) -> int:
     """How many copies to measure: ``copy_tokens`` rows, fewer where a side would take longer than ``most_seconds``."""
-    copies = max(1, copy_tokens // length)
+    copies = even(max(1, copy_tokens // length))
     # A sixteenth first: where a side is far too slow, all of them would take many seconds.
     probe = max(1, copies // 16)
     expected = max(bench.tried(bench.texts(length, probe), labels).values()) * copies / probe
     if expected > most_seconds:
-        copies = max(1, int(0.9 * copies * most_seconds / expected))
+        copies = even(max(1, int(0.9 * copies * most_seconds / expected)))
     while copies > 1:
         slowest = max(bench.tried(bench.texts(length, copies), labels).values())
         if slowest <= most_seconds:
             break
         # A little fewer than in proportion, and never as many again.
-        copies = max(1, min(copies - 1, int(0.9 * copies * most_seconds / slowest)))
+        copies = even(max(1, min(copies - 1, int(0.9 * copies * most_seconds / slowest))))
     return copies
 
 

@@ -183,6 +183,7 @@ def test_impossible_requests_are_refused(toys: dict[str, Bench]) -> None:
         ["--shapes", "toy-roberta", "--lengths", "9", "--against", "hf:float16"],
         ["--shapes", "toy-roberta", "--lengths", "9", "--peer-batch", "none"],
         ["--shapes", "toy-roberta", "--lengths", "9", "--texts", "no such file"],
+        ["--shapes", "toy-roberta", "--lengths", "9", "--device", "moon"],
     ):
         assert invoke(*arguments).exit_code == 2
 

@@ -13,8 +13,9 @@ from mlmfast.masking import MaskPlan
 # Copies a pass on a CPU. 64 copies of 128 tokens under DeBERTa-v3's vocabulary hold 4 GB of logits, and are no faster.
 BATCH = 32
 # On a GPU, which 32 short copies would not fill, as many as keep the logits of a pass within this, in bytes; and the
-# scores of a layer's attention, of which eager attention holds several at once, within as much.
-GPU_BYTES = 4 << 30
+# scores of a layer's attention, of which eager attention holds several at once, within as much. A power of two, which
+# leaves batches of one size, each of which would be compiled for.
+GPU_BYTES, GPU_BATCH = 4 << 30, 512
 
 
 class HuggingFaceEager:
@@ -45,7 +46,8 @@ class HuggingFaceEager:
         if self.wish is None and self.device.type != "cpu":
             config, length, wide = self.model.config, longest_copy(plan), self.model.dtype.itemsize
             held = max(config.vocab_size * length, config.num_attention_heads * length**2) * wide
-            self.batch = max(1, GPU_BYTES // held)
+            most = min(GPU_BATCH, max(1, GPU_BYTES // held))
+            self.batch = 1 << (most.bit_length() - 1)
 
     def _scored(self, model: Any, plan: MaskPlan) -> np.ndarray:
         found = np.empty(len(plan.targets), np.float32)
