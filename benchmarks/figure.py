@@ -119,7 +119,11 @@ def peer_name(row: dict[str, Any]) -> str:
 
 def refusal(details: dict[str, Any]) -> str:
     """Why a row has no speed."""
-    return f"failed: {details['failure']}" if "failure" in details else "disagrees"
+    if "failure" in details:
+        return f"failed: {details['failure']}"
+    found = [details["side"]] if details.get("side") in ("mlmfast", "the peer") else []
+    found += [f"{name} {details[name]:.2g}" for name in ("error", "bound") if details.get(name) is not None]
+    return f"disagrees ({', '.join(found)})" if found else "disagrees"
 
 
 def unique(items: Iterable[Any]) -> list[Any]:

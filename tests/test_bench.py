@@ -387,6 +387,10 @@ def test_figure_and_table_show_losses(sentence_file: Path, tmp_path: Path, monke
     table = figure.tabulate(*read[:2], "it.png")
     assert "**0.5x (0.4-0.6)**" in table
     assert table.count("disagrees") == 1
+    assert figure.refusal({"side": "mlmfast", "error": 0.03, "bound": 0.021}) == (
+        "disagrees (mlmfast, error 0.03, bound 0.021)"
+    )
+    assert figure.refusal({"side": "either", "error": None, "bound": None}) == "disagrees"  # NaN, as JSON has it
     for known in ("torch", result["header"]["cpu"], str(result["header"]["commit"]), "| tiny |", "](it.png)"):
         assert known in table
     pytest.importorskip("matplotlib", reason='the figure needs matplotlib: pip install "mlmfast[bench]"')
