@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlmfast import cpu
 from mlmfast.bench import machine, peers
 from mlmfast.bench.peers import HuggingFaceEager, HuggingFaceScored
 from mlmfast.bench.pll import Bench
@@ -27,6 +28,8 @@ from mlmfast.masking import MaskPlan
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, str(ROOT / "benchmarks" / "from_checkout.py")]
+# Ops are measured by the backend cpu here, all of which needs the compiled kernels.
+compiled = pytest.mark.skipif(cpu.instructions() is None, reason="the compiled kernels are not built here")
 QUICK = ["--device", "cpu", "--toy", "--rounds", "2", "--peers", "hf,hf-scored"]
 
 
@@ -65,6 +68,7 @@ def result_of(gpu: ModuleType, folder: Path) -> Any:
 # ---- the whole of it
 
 
+@compiled
 def test_the_whole_script_on_toy_shapes(gpu: ModuleType, tmp_path: Path) -> None:
     lengths = ["--lengths", "9,70", "--dtypes", "float32"]
     assert gpu.main([*QUICK, *lengths, "--results", str(tmp_path)]) == 0
@@ -336,6 +340,7 @@ def test_bytes_are_inputs_once_and_outputs_once(ops: ModuleType) -> None:
     assert ops.bytes_moved(found["masked_embedding"], embedding, out) == rows + 192 * 32 * 2
 
 
+@compiled
 @pytest.mark.parametrize("op", ["linear", "vocab_topk", "disentangled_attention"])
 def test_a_wrong_op_gets_no_speed(ops: ModuleType, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in ops.cases(ops.TOY, [9]) if case.op == op)
