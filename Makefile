@@ -1,4 +1,5 @@
-# make demo and make test need nothing but Python 3.10 or newer; both work inside $(VENV), made on first use.
+# make demo and make test need nothing but Python 3.10 or newer; both work inside $(VENV), made on first use. The targets
+# gpu-* alone make none: they run on $(PYTHON) as it is.
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -19,6 +20,10 @@ PEERS_BFLOAT16 ?= hf hf_float32 hf-compile minicons openvino
 BENCH_PLL = $(VENV)/bin/mlmfast bench pll --lengths $(LENGTHS) --copy-tokens 4096 --texts $(TEXTS) --field $(FIELD) --pairs $(PAIRS)
 RUNS = $(PEERS:%=$(RESULTS)/cpu_float32_%.json) $(PEERS_BFLOAT16:%=$(RESULTS)/cpu_bfloat16_%.json)
 
+# make gpu-bench: seconds, and any other flags of benchmarks/gpu.py
+BUDGET ?= 540
+GPU_FLAGS ?=
+
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 LINTED := mlmfast kernels benchmarks examples tests training setup.py
@@ -28,7 +33,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(USABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-all lint format bench bench-cpu figure tiny clean
+.PHONY: demo test test-all lint format bench bench-cpu figure gpu-test gpu-bench tiny clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -78,6 +83,19 @@ endef
 
 figure: $(VENV)/.installed-bench
 	$(PY) benchmarks/figure.py $(sort $(wildcard $(RESULTS)/cpu_*.json)) --output $(RESULTS)/cpu
+
+# For a machine with a GPU, torch, Triton and transformers, where nothing may be installed and no network is reached:
+#   make gpu-test gpu-bench PYTHON=python3
+FROM_CHECKOUT = $(PYTHON) benchmarks/from_checkout.py
+
+# The tests that need a GPU. Without one they would all be skipped, which must not look like success.
+gpu-test:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU that torch can use")'
+	$(FROM_CHECKOUT) -m pytest -q -m gpu
+
+# Everything measured on a GPU, within BUDGET seconds, into benchmarks/results/<device>.
+gpu-bench:
+	$(FROM_CHECKOUT) benchmarks/gpu.py --budget $(BUDGET) $(GPU_FLAGS)
 
 tiny: $(VENV)/.installed
 	@test -n "$(CORPUS)" || { echo 'make tiny CORPUS="folder/*.txt.gz" [WORDNET=folder]: texts to train on'; exit 2; }

@@ -1,17 +1,21 @@
-"""Results of ``mlmfast bench pll`` and ``bench texts`` -> a figure and a table, with machine, versions and commit.
+"""Results of ``mlmfast bench pll``, ``bench texts`` and ``gpu.py`` -> a figure and a table, with machine and versions.
 
     python benchmarks/figure.py RESULT.json ... --output benchmarks/results/cpu
 
-Writes ``OUTPUT.png`` and ``OUTPUT.md``. Bars stand on 1x: what hangs below it is slower than the peer. Runs of ``bench
-pll`` in one dtype, a peer each for instance, share a table and a row of panels.
+Writes ``OUTPUT.md``, and ``OUTPUT.png`` where matplotlib is installed (elsewhere it can be drawn from the same files).
+Bars stand on 1x: what hangs below it is slower than the peer. Runs of ``bench pll`` in one dtype, a peer each for
+instance, share a table and rows of panels.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ COLOURS = {
     "hf-eager": "#0072B2",
     "hf-eager float32": "#D55E00",
     "hf-loop": "#0072B2",
+    "hf-scored": "#F0E442",
+    "disentangled-flash": "#882255",
     "hf-compile": "#56B4E9",
     "minicons": "#CC79A7",
     "onnxruntime": "#E69F00",
@@ -29,10 +35,37 @@ COLOURS = {
 OTHER = "#999999"
 
 
-def read(paths: Iterable[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The results of ``bench pll``, joined a dtype, and those of ``bench texts``."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return joined([r for r in results if "shape" in r["rows"][0]]), [r for r in results if "model" in r["rows"][0]]
+# Panels side by side.
+COLUMNS = 2
+
+Results = list[dict[str, Any]]
+
+
+def read(paths: Iterable[Path]) -> tuple[Results, Results, Results]:
+    """The results of ``bench pll`` and the passes of ``gpu.py``, joined a dtype; those of ``bench texts``; and what
+    ``gpu.py`` found besides."""
+    passes: Results = []
+    texts: Results = []
+    gpus: Results = []
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "ops" in result:
+            gpus.append(result)
+            passes += by_dtype(result)
+        else:
+            (passes if "shape" in result["rows"][0] else texts).append(result)
+    return joined(passes), texts, gpus
+
+
+def by_dtype(result: dict[str, Any]) -> Results:
+    """The passes of ``gpu.py``, which measures several dtypes, as ``bench pll`` writes them: a result a dtype."""
+    found = []
+    for dtype in unique(row["dtype"] for row in result["rows"]):
+        pairs = [pair for pair in zip(result["rows"], result["details"]) if pair[0]["dtype"] == dtype]
+        header = result["header"] | {"settings": result["header"]["settings"] | {"dtype": dtype}}
+        rows, details = map(list, zip(*pairs))
+        found.append({"header": header, "rows": rows, "details": details})
+    return found
 
 
 def joined(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -58,6 +91,10 @@ def machine(header: dict[str, Any]) -> str:
     """Machine, versions and commit: what runs on one day have in common."""
     versions = ", ".join(f"{name} {header[name]}" for name in ("python", "torch", "transformers", "mlmfast"))
     cpu = f"{header['cpu']} ({header['instructions']}), {header['threads']} threads"
+    if "device" in header:
+        gpu = header["device"]
+        cpu = f"{gpu['name']} (compute capability {gpu['capability']}), {cpu}"
+        versions += f", CUDA {gpu['cuda']}, Triton {gpu['triton']}"
     return f"{cpu}; {versions}; commit {header['commit']}"
 
 
@@ -80,6 +117,15 @@ def peer_name(row: dict[str, Any]) -> str:
     return row["peer"] if row["peer_dtype"] == row["dtype"] else f"{row['peer']} {row['peer_dtype']}"
 
 
+def refusal(details: dict[str, Any]) -> str:
+    """Why a row has no speed."""
+    if "failure" in details:
+        return f"failed: {details['failure']}"
+    found = [details["side"]] if details.get("side") in ("mlmfast", "the peer") else []
+    found += [f"{name} {details[name]:.2g}" for name in ("error", "bound") if details.get(name) is not None]
+    return f"disagrees ({', '.join(found)})" if found else "disagrees"
+
+
 def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
@@ -88,26 +134,27 @@ def unique(items: Iterable[Any]) -> list[Any]:
 
 
 def draw(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], output: Path) -> None:
-    """A row of panels a dtype with a panel a shape, then a panel a model of texts a second."""
+    """A panel a dtype and shape, each dtype beginning a row, then a panel a model of texts a second."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     plt = importlib.import_module("matplotlib.pyplot")
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    models = [row["model"] for result in texts for row in result["rows"]]
-    rows = len(passes) + bool(models)
-    columns = max([len(unique(row["shape"] for row in r["rows"])) for r in passes] + [len(unique(models)), 1])
-    figure, axes = plt.subplots(rows, columns, figsize=(7.2 * columns, 3.6 * rows + 0.9), squeeze=False)
-    for line, result in zip(axes, passes):
+    groups: list[list[Callable[[Any], None]]] = []
+    for result in passes:
         shapes = unique(row["shape"] for row in result["rows"])
-        for panel, shape in zip(line, shapes):
-            draw_ratios(panel, [row for row in result["rows"] if row["shape"] == shape])
-        for panel in line[len(shapes) :]:
-            panel.set_axis_off()
-    if models:
-        every = [row for result in texts for row in result["rows"]]
-        for panel, model in zip(axes[-1], unique(models)):
-            draw_rates(panel, [row for row in every if row["model"] == model])
-        for panel in axes[-1][len(unique(models)) :]:
+        groups.append([partial(draw_ratios, rows=rows_of(result, "shape", shape)) for shape in shapes])
+    every = {"rows": [row for result in texts for row in result["rows"]]}
+    models = unique(row["model"] for row in every["rows"])
+    groups.append([partial(draw_rates, rows=rows_of(every, "model", model)) for model in models])
+    lines = [group[i : i + COLUMNS] for group in groups for i in range(0, len(group), COLUMNS)]
+    if not lines:
+        return
+    columns = max(map(len, lines))
+    figure, axes = plt.subplots(len(lines), columns, figsize=(7.2 * columns, 3.6 * len(lines) + 0.9), squeeze=False)
+    for row, line in zip(axes, lines):
+        for panel, fill in zip(row, line):
+            fill(panel)
+        for panel in row[len(line) :]:
             panel.set_axis_off()
     headers = [header for result in passes for header in result["headers"]] + [result["header"] for result in texts]
     notes = unique(machine(header) for header in headers)
@@ -116,6 +163,10 @@ def draw(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], outp
     figure.text(0.01, 0.008, "\n".join(notes), fontsize=6, color="#444444", va="bottom")
     figure.savefig(output, dpi=160)
     plt.close(figure)
+
+
+def rows_of(result: dict[str, Any], key: str, value: str) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row[key] == value]
 
 
 def draw_ratios(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -127,7 +178,8 @@ def draw_ratios(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
         name = peer_name(row)
         x = cases.index(case_name(row)) + (names.index(name) - (len(names) - 1) / 2) * width
         if row["ratio"] is None:
-            panel.annotate("disagrees", (x, 1.02), rotation=90, ha="center", va="bottom", fontsize=6, color="#AA0000")
+            said = "failed" if row["max_abs_diff"] is None else "disagrees"
+            panel.annotate(said, (x, 1.02), rotation=90, ha="center", va="bottom", fontsize=6, color="#AA0000")
             continue
         ratio, (low, high) = row["ratio"], row["ratio_quartiles"]
         panel.bar(
@@ -194,9 +246,16 @@ def spread(value: float, quartiles: Sequence[float], unit: str) -> str:
     return f"{value:.3g}{unit} ({quartiles[0]:.3g}-{quartiles[1]:.3g})"
 
 
-def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], figure: str) -> str:
+def tabulate(
+    passes: Sequence[dict[str, Any]],
+    texts: Sequence[dict[str, Any]],
+    figure: str,
+    gpus: Sequence[dict[str, Any]] = (),
+) -> str:
     """The same as Markdown: every row, losses in bold."""
-    lines = ["# mlmfast side by side with its peers on a CPU", "", f"![Ratios by peer, length and shape]({figure})", ""]
+    named = ", ".join(unique(gpu["header"]["device"]["name"] for gpu in gpus if "device" in gpu["header"]))
+    lines = [f"# mlmfast side by side with its peers on {named or 'a CPU'}", ""]
+    lines += [f"![Ratios by peer, length and shape]({figure})", ""]
     lines += [
         "Medians of interleaved rounds, quartiles in brackets; a ratio is that of the medians, its quartiles are those "
         "of single rounds' ratios. Above 1 is a win for mlmfast; **losses are bold**. Every row's log-probabilities "
@@ -213,7 +272,7 @@ def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], 
         lines += ["|---|---:|---:|---:|---:|---|---:|---:|---:|---|"]
         for row, details in zip(result["rows"], result["details"]):
             case = case_name(row).partition("\n")[0] + (" (real texts)" if row["case"] == "texts" else "")
-            speeds = ["", "", "disagrees", ""]
+            speeds = ["", "", refusal(details), ""]
             if row["ratio"] is not None:
                 ratio = spread(row["ratio"], row["ratio_quartiles"], "x")
                 speeds = [
@@ -223,7 +282,8 @@ def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], 
                     ratio if row["ratio"] >= 1 else f"**{ratio}**",
                 ]
             cells = [row["shape"], case, str(row["copies"]), *speeds[:2], peer_name(row), *speeds[2:]]
-            lines.append(f"| {' | '.join([*cells, format(row['max_abs_diff'], '.1e'), details['peer_way']])} |")
+            apart = "" if row["max_abs_diff"] is None else format(row["max_abs_diff"], ".1e")
+            lines.append(f"| {' | '.join([*cells, apart, details['peer_way']])} |")
         lines.append("")
     for result in texts:
         header, settings = result["header"], result["header"]["settings"]
@@ -243,18 +303,64 @@ def tabulate(passes: Sequence[dict[str, Any]], texts: Sequence[dict[str, Any]], 
                 f"| {row['model']} | {speeds[0]} | {row['peer']} | {speeds[1]} | {speeds[2]} | {row['peer_batch']} |"
             )
         lines.append("")
+    for gpu in gpus:
+        lines += tabulate_ops(gpu)
     return "\n".join(lines)
+
+
+def tabulate_ops(gpu: dict[str, Any]) -> list[str]:
+    """What ``gpu.py`` found besides passes: the ops' speeds, what is wrong, what failed, what was not run."""
+    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in gpu["header"]["matrix_rates"].items())
+    lines = ["## The ops one by one", ""]
+    lines += [
+        f"The device's own: a copy moves {gpu['header']['copy_bandwidth'] / 1e12:.3g} TB/s, read and written; matrix "
+        f"products run at {rates}. Bytes are the fewest that a call can move. Median of a call, quartiles in brackets.",
+        "",
+        "| op | dtype | case | backend | time, us | TFLOP/s | of products | TB/s | of a copy | timed by |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in gpu["ops"]:
+        cells = [row["op"], row["dtype"], row["case"], row["backend"]]
+        if "seconds" not in row:
+            cells += [refusal(row), *[""] * 5]
+        else:
+            cells.append(spread(row["seconds"] * 1e6, [q * 1e6 for q in row["seconds_quartiles"]], ""))
+            cells += [f"{row['tflops']:.3g}", f"{row['of_matrix_rate']:.1%}"] if row["flops"] else ["", ""]
+            cells += [f"{row['tb_per_second']:.3g}", f"{row['of_copy_bandwidth']:.1%}", row["timed_by"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    for peer, remedy in gpu["header"]["absent"].items():
+        lines += ["", f"{peer} is not installed there, so it was not compared with: {remedy}."]
+    wrong = [row for row in gpu["checks"] if not row["agrees"]]
+    lines += ["", f"## Checks: {len(gpu['checks'])} of ops against float64, {len(wrong)} wrong or failed", ""]
+    for row in wrong:
+        why = row.get("failure") or f"error {row['error']}, bound {row['bound']}"
+        lines.append(f"- {row['op']}, {row['dtype']}, {row['case']}, {row['backend']}: {why}")
+    for name, items in (
+        ("Failed", [f"{f['step']}: {f['reason']}" for f in gpu["failed"]]),
+        ("Not run", gpu["not_run"]),
+    ):
+        if items:
+            lines += ["", f"## {name}", "", *(f"- {item}" for item in items)]
+    return [*lines, ""]
+
+
+def write(paths: Sequence[Path], output: Path) -> None:
+    """Both files, ``output`` being their path without a suffix; the table alone without matplotlib."""
+    passes, texts, gpus = read(paths)
+    picture = output.with_suffix(".png")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no figure: matplotlib is not installed; elsewhere: figure.py {paths[0]} --output ...", file=sys.stderr)
+    else:
+        draw(passes, texts, picture)
+    output.with_suffix(".md").write_text(tabulate(passes, texts, picture.name, gpus), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files of bench pll and bench texts")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files of bench pll, bench texts and gpu.py")
     parser.add_argument("--output", required=True, type=Path, help="path of both files, without .png and .md")
     arguments = parser.parse_args()
-    passes, texts = read(arguments.results)
-    draw(passes, texts, arguments.output.with_suffix(".png"))
-    table = tabulate(passes, texts, arguments.output.with_suffix(".png").name)
-    arguments.output.with_suffix(".md").write_text(table, encoding="utf-8")
+    write(arguments.results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def save_xlm_roberta(folder: Path) -> None:
     from mlmfast.bench.shapes import BASE, ROBERTA, ROBERTA_TOKENS, Shape
 
     settings = {**ROBERTA, **BASE, "vocab_size": 250002, "max_position_embeddings": 514}
-    shape = Shape(XLMRobertaForMaskedLM, XLMRobertaConfig, settings, ROBERTA_TOKENS, 512)
+    shape = Shape(XLMRobertaForMaskedLM, XLMRobertaConfig, settings, ROBERTA_TOKENS, 512, 512)
     shape.model().save_pretrained(folder)
     special = list(ROBERTA_TOKENS.values())
     # Half the pieces begin a word and half go on with one. Likelier pieces come first, as in a trained vocabulary.

@@ -136,7 +136,7 @@ def totals(scores: Sequence[Any], pairs: int) -> tuple[np.ndarray, np.ndarray]:
 
 def measure_timing(lm: Any, groups: dict[str, list[str]], strides: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Whole passes, text to scores, exact and strided in turn; ratios of medians, and quartiles of single rounds'."""
-    from mlmfast.bench.pll import interleaved, summary
+    from mlmfast.bench.timing import interleaved, summary
 
     rows = []
     for name, texts in groups.items():

@@ -35,7 +35,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the sweeps marked slow too")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # the op tests' parameter of that name
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if getattr(parameters.get("backend"), "device", None) == "cuda":
+            item.add_marker("gpu")
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
     if config.getoption("--slow") or config.getoption("markexpr"):
         return
     for item in items:

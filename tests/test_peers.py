@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from mlmfast.bench import app, peers
-from mlmfast.bench.peers.exported import Way, fastest, plain_logprobs
+from mlmfast.bench.peers.exported import Way, fastest
+from mlmfast.bench.peers.scored import plain_logprobs
 from mlmfast.bench.peers.subject import batch_shapes, padded_batches
 from mlmfast.bench.pll import Bench
 from mlmfast.bench.shapes import SHAPES
@@ -24,8 +25,10 @@ from mlmfast.masking import MaskPlan, TokenSequence, make_plan
 SHAPE_NAMES = ["toy-deberta", "toy-roberta"]
 
 
-def installed(name: str) -> None:
-    """Skips where a peer's packages are not there."""
+def installed(name: str, shape: str = "toy-deberta") -> None:
+    """Skips where a peer's packages are not there, or it does not know the shape's family."""
+    if name == "disentangled-flash" and shape != "toy-deberta":
+        pytest.skip("disentangled-flash computes DeBERTa-v2 and v3")
     for package in peers.PEERS[name].packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f'{name} needs {package}: pip install "mlmfast[peers]"')
@@ -45,7 +48,7 @@ def mixed(shape: str) -> list[TokenSequence]:
 @pytest.mark.parametrize("shape", SHAPE_NAMES)
 @pytest.mark.parametrize("name", labels(*peers.PEERS))
 def test_peers_agree_in_float32(shape: str, name: str) -> None:
-    installed(name)
+    installed(name, shape)
     bench = Bench(shape, against=[name])
     for texts in (bench.texts(12, 10), mixed(shape), bench.texts(5, 1)):  # a new shape, longer, shorter, one copy
         verdict = bench.agreement(texts)
@@ -57,7 +60,7 @@ def test_peers_agree_in_float32(shape: str, name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPE_NAMES)
 @pytest.mark.parametrize("name", labels(*(name for name, peer in peers.PEERS.items() if "bfloat16" in peer.dtypes)))
 def test_peers_agree_in_bfloat16(shape: str, name: str) -> None:
-    installed(name)
+    installed(name, shape)
     bench = Bench(shape, dtype="bfloat16", against=[name])
     assert bench.agreement(mixed(shape)).holds
 
@@ -107,7 +110,7 @@ def test_threads_stay_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["minicons", "onnxruntime", "openvino"])
 def test_a_wrong_peer_gets_no_speed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(name)
-    monkeypatch.setattr("mlmfast.bench.pll.Peak", lambda dtype, products: Peak(dtype, ((32, 32, 32),)))
+    monkeypatch.setattr("mlmfast.bench.pll.Peak", lambda dtype, products, device: Peak(dtype, ((32, 32, 32),)))
     kind = peers.PEERS[name]
     honest = kind.logprobs
 
@@ -126,13 +129,27 @@ def test_a_wrong_peer_gets_no_speed(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_be_compared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="choose from hf, hf-compile"):
+    with pytest.raises(RequestError, match="choose from hf, hf-scored, hf-compile"):
         peers.named(["gpt"], "float32")
     with pytest.raises(RequestError, match="onnxruntime computes in float32 here.*onnxruntime:float32"):
         peers.named(["hf", "onnxruntime"], "bfloat16")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RequestError, match="pip install openvino"):
         peers.named(["openvino"], "float32")
+
+
+def test_disentangled_flash_serves_deberta_alone() -> None:
+    """Refused before its package is looked for, so this runs where that is not installed."""
+    model = SHAPES["toy-roberta"].model()
+    with pytest.raises(RequestError, match="DeBERTa-v2 and v3, not roberta"):
+        peers.DisentangledFlash(peers.Subject(model, SHAPES["toy-roberta"].tokenizer()))
+
+
+@pytest.mark.parametrize("length", [64, 150])
+def test_disentangled_flash_beyond_the_trained_length(length: int) -> None:
+    installed("disentangled-flash")
+    bench = Bench("toy-deberta", against=["disentangled-flash"])
+    assert bench.agreement(bench.texts(length, 6)).holds
 
 
 def test_minicons_knows_one_mask_a_copy() -> None:

@@ -26,7 +26,11 @@ def bench() -> None:
 @app.command()
 def pll(
     shapes: Annotated[
-        str, typer.Option(help="deberta-v3-base, roberta-base, toy-deberta, toy-roberta; commas between.")
+        str,
+        typer.Option(
+            help="deberta-v3-base, deberta-v2-xlarge, deberta-v2-xxlarge, roberta-base, roberta-large, toy-deberta, "
+            "toy-roberta; commas between."
+        ),
     ] = "deberta-v3-base,roberta-base",
     lengths: Annotated[str, typer.Option(help="Tokens a text, special ones included; commas between.")] = "24,64,128",
     copies: Annotated[int, typer.Option(min=1, help="Masked copies in a pass.")] = 64,
@@ -43,7 +47,8 @@ def pll(
     against: Annotated[
         str,
         typer.Option(
-            help="hf (eager attention), hf-compile, minicons, onnxruntime, openvino; commas between; "
+            help="hf (eager attention), hf-scored (its head on scored rows), hf-compile, disentangled-flash, minicons, "
+            "onnxruntime, openvino; commas between; "
             "hf:float32 compares with float32 whatever the dtype."
         ),
     ] = "hf",
@@ -52,6 +57,7 @@ def pll(
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of all sides; torch's choice unless given.")] = None,
     backend: Annotated[str, typer.Option(help="auto, or one that `mlmfast doctor` lists.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda, of all sides.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, a row a case and peer.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write rows, quartiles, machine and versions here.")] = None,
 ) -> None:
@@ -74,7 +80,7 @@ def pll(
         measurements: list[Measurement] = []
         _check_folder(output)
         settings: dict[str, Any] = {"copies": copies, "copy_tokens": copy_tokens, "dtype": dtype, "pairs": pairs}
-        settings |= {"against": _listed(against), "backend": backend, "threads": threads}
+        settings |= {"against": _listed(against), "backend": backend, "threads": threads, "device": device}
         settings["peer_batch"] = _batch(peer_batch)
         settings["sentences"] = [] if texts is None else read_sentences(texts, field=field, count=text_count)
         for item in run(_listed(shapes), sizes, **settings):
@@ -169,8 +175,9 @@ def _listed(text: str) -> list[str]:
 
 def _show(header: dict[str, Any], measurements: list[Measurement]) -> None:
     versions = "".join(f", {name} {version}" for name, version in header["peers"].items())
+    gpu = f"{header['device']['name']}; " if "device" in header else ""
     typer.echo(
-        f"{header['cpu']}, {header['threads']} threads; torch {header['torch']}, transformers "
+        f"{gpu}{header['cpu']}, {header['threads']} threads; torch {header['torch']}, transformers "
         f"{header['transformers']}{versions}, mlmfast {header['mlmfast']}, commit {header['commit']}\n"
         f"medians of {header['settings']['pairs']} interleaved rounds and the middle half of them; above 1x mlmfast is "
         "the faster"

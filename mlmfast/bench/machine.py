@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import transformers
 import mlmfast
 
 
-def describe() -> dict[str, Any]:
-    """Machine, versions, commit, threads, the load at the start, and the time (UTC)."""
-    return {
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """Machine, versions, commit, threads, the load at the start, and the time (UTC); a GPU where that is measured."""
+    found: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -31,6 +33,35 @@ def describe() -> dict[str, Any]:
         "mlmfast": mlmfast.__version__,
         "commit": commit(),
     }
+    return found if torch.device(device).type == "cpu" else found | {"device": accelerator(device)}
+
+
+def accelerator(device: str) -> dict[str, Any]:
+    """A CUDA GPU and what drives it; versions that are not to be had are None."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "triton": triton,
+    }
+
+
+def device_name(device: str) -> str:
+    """What computes, as it calls itself: the GPU or the processor."""
+    return cpu_name() if torch.device(device).type == "cpu" else str(torch.cuda.get_device_name(device))
+
+
+def slug(name: str) -> str:
+    """A device's name as its files have it: ``"NVIDIA H200"`` is ``"nvidia_h200"``."""
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
 
 
 def cpu_name() -> str:

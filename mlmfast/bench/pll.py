@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,29 +15,26 @@ import torch
 import mlmfast
 from mlmfast import backends
 from mlmfast.bench import machine, peers
-from mlmfast.bench.peers.exported import plain_logprobs
+from mlmfast.bench.agreement import Agreement, Truth, agreement
+from mlmfast.bench.peers.scored import plain_logprobs
 from mlmfast.bench.sentences import token_sequences
 from mlmfast.bench.shapes import named
-from mlmfast.bench.work import PRODUCTS, Peak, useful_flops
+from mlmfast.bench.timing import full_float32, interleaved, limited, seconds_of, summary
+from mlmfast.bench.work import Peak, useful_flops
 from mlmfast.errors import RequestError
 from mlmfast.masking import MaskPlan, TokenSequence, make_plan
 from mlmfast.packing import pack, unique_copies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# float32: how far a log-probability may be from what it is compared with, times max(1, its size).
-FLOAT32_BOUND = 1e-4
-# bfloat16: how far from float32, as a multiple of plain torch's own distance, and beyond it: in the root mean square
-# over tokens, and at the worst.
-NARROW_FACTOR, NARROW_BOUND = 2.0, 1e-3
-# And how far more a peer that rounds its log-probabilities to bfloat16, as a multiple of the largest: two spacings.
-ROUNDING = 2.0**-7
 # Rows of a case's copies together, unless told otherwise.
 COPY_TOKENS = 8192
+# Letters kept of the reason for which a peer failed: a compiler's can be pages.
+REASON = 400
 
 
 @dataclass(frozen=True)
 class Row:
-    """A case against a peer: medians in seconds; speeds are None where the two sides disagree.
+    """A case against a peer: medians in seconds; speeds are None where the two sides disagree or the peer failed.
 
     Attributes:
         shape, length, copies, dtype: what was computed; tokens of the longest copy, copies, mlmfast's dtype.
@@ -45,7 +42,7 @@ class Row:
         peer: what it was compared with.
         seconds, peer_seconds, ratio: of a whole pass, and the peer's over ours: above 1 is a win.
         peak_share: useful operations a second over the machine's matrix-product peak.
-        max_abs_diff: largest difference of two log-probabilities, ours and the peer's.
+        max_abs_diff: largest difference of two log-probabilities, ours and the peer's; None where the peer failed.
         case: ``"random"`` tokens in texts of one length, or real ``"texts"``.
         peer_dtype: what the peer computed in.
         shortest: tokens of the shortest copy.
@@ -64,7 +61,7 @@ class Row:
     peer_seconds: float | None
     ratio: float | None
     peak_share: float | None
-    max_abs_diff: float
+    max_abs_diff: float | None
     case: str
     peer_dtype: str
     shortest: int
@@ -82,89 +79,8 @@ class Measurement:
     details: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What sides are judged by that do not both compute in float32.
-
-    Attributes:
-        logprobs: of the same weights in float32.
-        narrow: of plain torch in bfloat16.
-    """
-
-    logprobs: np.ndarray
-    narrow: np.ndarray
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Whether two sides computed the same, and by which measure.
-
-    Attributes:
-        max_abs_diff: between ours and the peer's.
-        side: who is judged, the one nearer to failing: ``"mlmfast"`` or ``"the peer"``; ``"either"`` where the two are
-            compared with each other.
-        error: what is bounded: for float32 the largest relative distance, ``|a - b| / max(1, |b|)``; for bfloat16 the
-            distance from float32, its root mean square or its largest.
-        bound: what it may be.
-    """
-
-    max_abs_diff: float
-    side: str
-    error: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        return self.error <= self.bound  # False for NaN
-
-
-def agreement(
-    ours: np.ndarray,
-    theirs: np.ndarray,
-    dtypes: tuple[str, str] = ("float32", "float32"),
-    truth: Truth | None = None,
-    *,
-    rounds: bool = False,
-) -> Agreement:
-    """Compares log-probabilities ``[N]``: two float32 sides with each other, any others with the truth.
-
-    So a peer that is wrong in bfloat16 does not widen its own bound.
-
-    Args:
-        ours, theirs: what was computed.
-        dtypes: in what, ours and theirs.
-        truth: needed unless both are float32.
-        rounds: whether the peer rounds its log-probabilities to its dtype.
-    """
-    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
-    apart = float(np.abs(ours - theirs).max())
-    if dtypes == ("float32", "float32"):
-        return Agreement(apart, "either", _relative(ours, theirs), FLOAT32_BOUND)
-    if truth is None:
-        raise ValueError("a side that computes in bfloat16 is judged by float32: pass the truth")
-    judged = []
-    for side, found, dtype in zip(("mlmfast", "the peer"), (ours, theirs), dtypes):
-        if dtype == "float32":
-            judged.append(Agreement(apart, side, _relative(found, truth.logprobs), FLOAT32_BOUND))
-        else:
-            rounding = ROUNDING * float(np.abs(truth.logprobs).max()) if rounds and side == "the peer" else 0.0
-            for measure in (_root_mean_square, _worst):
-                bound = NARROW_FACTOR * measure(truth.narrow - truth.logprobs) + NARROW_BOUND + rounding
-                judged.append(Agreement(apart, side, measure(found - truth.logprobs), bound))
-    wrong = [verdict for verdict in judged if not verdict.holds]
-    return wrong[0] if wrong else max(judged, key=lambda verdict: verdict.error / verdict.bound)
-
-
-def _root_mean_square(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(values.astype(np.float64) ** 2)))
-
-
-def _worst(values: np.ndarray) -> float:
-    return float(np.abs(values).max())
-
-
-def _relative(found: np.ndarray, right: np.ndarray) -> float:
-    return float((np.abs(found - right) / np.maximum(1, np.abs(right))).max())
+class _Failed(Exception):
+    """A peer failed while it was timed; why, the bench has noted."""
 
 
 class Bench:
@@ -176,9 +92,12 @@ class Bench:
         against: names of :data:`mlmfast.bench.peers.PEERS`, ``:dtype`` after one that computes in another dtype.
         peer_batch: most copies that a peer computes in one pass; None leaves it to the peer.
         backend: of mlmfast.
+        device: where all sides compute.
+        keep_going: a peer that cannot serve or fails, for want of memory say, has a row with the reason, instead of
+            ending everything.
 
     Raises:
-        RequestError: an argument is not known, or a peer is not installed.
+        RequestError: an argument is not known, or a peer is not installed or does not serve.
     """
 
     def __init__(
@@ -189,19 +108,41 @@ class Bench:
         against: Sequence[str] = ("hf",),
         peer_batch: int | None = None,
         backend: str = "auto",
+        device: str = "cpu",
+        keep_going: bool = False,
     ) -> None:
         if dtype not in DTYPES:
             raise RequestError(f"dtype={dtype!r} is not measured; choose {' or '.join(DTYPES)}")
-        wanted = peers.named(against, dtype)
-        self.name, self.shape, self.dtype, self.backend = shape, named(shape), dtype, backend
-        self.model = self.shape.model().to(DTYPES[dtype])
+        self.name, self.shape, self.dtype, self.backend, self.device = shape, named(shape), dtype, backend, device
+        self.keep_going = keep_going
+        self.peers: dict[str, peers.Peer] = {}
+        self.failures: dict[str, str] = {}
+        self.dtypes = {label: (dtype, label.partition(":")[2] or dtype) for label in against}
+        wanted: dict[str, type[peers.Peer]] = {}
+        for label in against:
+            with self._failing(label):
+                wanted[label] = peers.named([label], dtype, torch.device(device).type)[label][0]
+        self.model = self.shape.model(device=device).to(DTYPES[dtype])
         self.tokenizer = self.shape.tokenizer()
         self.lm = mlmfast.load(self.model, self.tokenizer, backend=backend)
         self._models = {dtype: self.model}
-        self.peers: dict[str, peers.Peer] = {}
-        self.dtypes = {label: (dtype, own) for label, (_, own) in wanted.items()}
-        for label, (peer, own) in wanted.items():
-            self.peers[label] = peer(peers.Subject(self._model(own), self.tokenizer, own, peer_batch))
+        for label, peer in wanted.items():
+            with self._failing(label):
+                own = self.dtypes[label][1]
+                self.peers[label] = peer(peers.Subject(self._model(own), self.tokenizer, own, peer_batch))
+
+    @contextmanager
+    def _failing(self, label: str) -> Iterator[None]:
+        """Notes why a peer fails in the block, where failures are to be kept, and lets go of what it held."""
+        try:
+            yield
+        except Exception as error:
+            if not self.keep_going:
+                raise
+            self.failures[label] = " ".join(f"{type(error).__name__}: {error}".split())[:REASON]
+            self.peers.pop(label, None)
+            if torch.device(self.device).type == "cuda":
+                torch.cuda.empty_cache()
 
     def _model(self, dtype: str) -> Any:
         """The same weights, as far as the dtype holds them."""
@@ -250,6 +191,19 @@ class Bench:
         """Useful operations of a pass, see :func:`mlmfast.bench.work.useful_flops`."""
         return useful_flops(self.lm.spec(), pack(self.plan(texts), self.lm.batch_tokens))
 
+    def tried(self, texts: Sequence[TokenSequence], labels: Sequence[str]) -> dict[str, float]:
+        """Seconds of one warm pass of ours, under ``""``, and of some peers; without those that fail."""
+        ours = partial(self.ours, texts)
+        ours()
+        found = {"": seconds_of(ours, self.device)}
+        for label in labels:
+            if label in self.peers:
+                with self._failing(label):
+                    theirs = partial(self.theirs, texts, label)
+                    theirs()
+                    found[label] = seconds_of(theirs, self.device)
+        return found
+
     def measure(self, texts: Sequence[TokenSequence], case: str, *, pairs: int, peak: Peak) -> list[Measurement]:
         """Checks agreement (which also warms all sides up), then times ``pairs`` interleaved rounds of ours and of
         every peer that agrees.
@@ -258,37 +212,62 @@ class Bench:
             A row a peer, whose speeds are None if the two disagree, with quartiles and single times as details.
         """
         plan, ours, truth = self.plan(texts), self.ours(texts), self.truth(texts)
-        verdicts = {label: self._verdict(label, ours, self.theirs(texts, label), truth) for label in self.peers}
-        agreeing = [label for label in self.peers if verdicts[label].holds]
-        times: dict[str, list[float]] = {}
-        if agreeing:
-            sides = [lambda: self.ours(texts), *(lambda label=label: self.theirs(texts, label) for label in agreeing)]
-            times = dict(zip(["", *agreeing], interleaved(sides, pairs, between=peak.sample)))
+        verdicts: dict[str, Agreement] = {}
+        for label in list(self.peers):
+            with self._failing(label):
+                verdicts[label] = self._verdict(label, ours, self.theirs(texts, label), truth)
+        times = self._times(texts, [label for label in verdicts if verdicts[label].holds], pairs, peak)
         with backends.forced(None if self.backend == "auto" else self.backend):
-            services = "+".join(sorted({service.backend for service in backends.report("cpu")}))
+            report = backends.report(torch.device(self.device).type, DTYPES[self.dtype])
         lengths = [len(plan.sequences[sequence]) for sequence in plan.copy_sequences]
         shared = {"useful_flops": self.flops(texts), "unique_copies": unique_copies(plan), "pairs": pairs}
         measured = []
-        for label, verdict in verdicts.items():
+        for label, (_, own) in self.dtypes.items():
             found = self._compared(times, label, shared["useful_flops"], peak)
+            verdict = None if label in self.failures else verdicts[label]
             row = Row(
                 shape=self.name,
                 length=max(lengths),
                 copies=plan.copies,
                 dtype=self.dtype,
-                backend=services,
-                peer=self.peers[label].name,
-                max_abs_diff=verdict.max_abs_diff,
+                backend="+".join(sorted({service.backend for service in report})),
+                peer=peers.PEERS[label.partition(":")[0]].name,
+                max_abs_diff=None if verdict is None else verdict.max_abs_diff,
                 case=case,
-                peer_dtype=self.dtypes[label][1],
+                peer_dtype=own,
                 shortest=min(lengths),
                 tokens=plan.tokens,
                 **found[0],
             )
-            details = {"agrees": verdict.holds, "side": verdict.side, "error": verdict.error, "bound": verdict.bound}
-            details |= shared | {"peer_way": self.peers[label].way()} | found[1]
-            measured.append(Measurement(row, details))
+            if verdict is None:
+                details = {"agrees": False, "failure": self.failures[label], "peer_way": ""}
+            else:
+                details = {"agrees": verdict.holds, "peer_way": self.peers[label].way()}
+                details |= {"side": verdict.side, "error": verdict.error, "bound": verdict.bound}
+            measured.append(Measurement(row, details | shared | found[1]))
         return measured
+
+    def _times(
+        self, texts: Sequence[TokenSequence], labels: Sequence[str], pairs: int, peak: Peak
+    ) -> dict[str, list[float]]:
+        """Seconds of ours, under ``""``, and of peers; nothing without peers. Without the ones that fail, the rest is
+        timed anew."""
+        while labels := [label for label in labels if label not in self.failures]:
+
+            def side(label: str) -> None:
+                with self._failing(label):
+                    self.theirs(texts, label)
+                    return
+                raise _Failed
+
+            sides: list[Callable[[], object]] = [lambda: self.ours(texts)]
+            sides += [partial(side, label) for label in labels]
+            try:
+                times = interleaved(sides, pairs, between=peak.sample, device=self.device)
+            except _Failed:
+                continue
+            return dict(zip(["", *labels], times))
+        return {}
 
     @staticmethod
     def _compared(
@@ -312,30 +291,6 @@ class Bench:
         return speeds, details | {"peak_flops": peak.flops, "peak_source": peak.source}
 
 
-def interleaved(
-    sides: Sequence[Callable[[], object]], rounds: int, between: Callable[[], object] | None = None
-) -> list[list[float]]:
-    """Seconds of each side in each round. A round runs every side once, in turn from the front and from the back,
-    so that a drift of the machine's speed falls on all of them alike; ``between`` runs before each round, untimed.
-    """
-    times: list[list[float]] = [[] for _ in sides]
-    for r in range(rounds):
-        if between is not None:
-            between()
-        order = range(len(sides)) if r % 2 == 0 else reversed(range(len(sides)))
-        for side in order:
-            start = time.perf_counter()
-            sides[side]()
-            times[side].append(time.perf_counter() - start)
-    return times
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Quartiles and all values, in the order measured."""
-    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
-    return {"median": median, "q1": low, "q3": high, "all": list(values)}
-
-
 def run(
     shapes: Sequence[str],
     lengths: Sequence[int],
@@ -349,7 +304,8 @@ def run(
     peer_batch: int | None = None,
     backend: str = "auto",
     threads: int | None = None,
-    products: Sequence[tuple[int, int, int]] = PRODUCTS,
+    device: str = "cpu",
+    products: Sequence[tuple[int, int, int]] | None = None,
 ) -> Iterator[dict[str, Any] | Measurement]:
     """Measures every shape at every length, and on real sentences if there are any: first the header, a dict, then a
     :class:`Measurement` a case and peer.
@@ -358,8 +314,8 @@ def run(
         lengths, copies: tokens a text and copies of a case;
         copy_tokens: fewer copies where they would have more rows than this together.
         sentences: all their copies are one more case.
-        products: of the machine's peak.
-        shapes, dtype, against, peer_batch, backend: of :class:`Bench`.
+        products: of the machine's peak; None for what fills the device.
+        shapes, dtype, against, peer_batch, backend, device: of :class:`Bench`.
 
     Raises:
         RequestError: an argument is not known or impossible; judged before anything is timed.
@@ -370,20 +326,21 @@ def run(
         )
     if dtype not in DTYPES:
         raise RequestError(f"dtype={dtype!r} is not measured; choose {' or '.join(DTYPES)}")
-    peers.named(against, dtype)
+    check_device(device)
+    peers.named(against, dtype, torch.device(device).type)
     for shape in shapes:
         for length in lengths:
             named(shape).texts(length, copies)
         token_sequences(named(shape), sentences)
     settings: dict[str, Any] = {"dtype": dtype, "copies": copies, "pairs": pairs, "against": list(against)}
     settings |= {"peer_batch": peer_batch, "backend": backend, "copy_tokens": copy_tokens, "sentences": len(sentences)}
-    with limited(threads):
-        yield machine.describe() | {"settings": settings, "peers": peers.versions(against)}
-        peak = Peak(DTYPES[dtype], products)
+    with limited(threads), full_float32():
+        yield machine.describe(device) | {"settings": settings, "peers": peers.versions(against)}
+        peak = Peak(DTYPES[dtype], products, device)
         for _ in range(3):  # the first calls pay for allocation and thread start
             peak.sample()
         for shape in shapes:
-            bench = Bench(shape, dtype=dtype, against=against, peer_batch=peer_batch, backend=backend)
+            bench = Bench(shape, dtype=dtype, against=against, peer_batch=peer_batch, backend=backend, device=device)
             for length in lengths:
                 texts = bench.texts(length, max(1, min(copies, copy_tokens // length)))
                 yield from bench.measure(texts, "random", pairs=pairs, peak=peak)
@@ -392,17 +349,16 @@ def run(
                 yield from bench.measure(texts, "texts", pairs=pairs, peak=peak)
 
 
-@contextmanager
-def limited(threads: int | None) -> Iterator[None]:
-    """torch on so many threads within the block; None leaves them as they are."""
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads={threads} computes nothing; 1 is the least")
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if threads is None else threads)
+def check_device(device: str) -> None:
+    """Whether torch can compute there.
+
+    Raises:
+        RequestError: an unknown device, or one that is not here.
+    """
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise RequestError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def record(header: dict[str, Any], measurements: Sequence[Measurement]) -> dict[str, Any]:

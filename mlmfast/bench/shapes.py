@@ -43,6 +43,11 @@ ROBERTA: dict[str, Any] = {
     "eos_token_id": 2,
 }
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+XLARGE = {"hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 24, "intermediate_size": 6144}
+# What published DeBERTa-v2 and v3 share.
+DEBERTA_TABLES = {"vocab_size": 128100, "max_position_embeddings": 512, "position_buckets": 256}
+DEBERTA_V2 = XLARGE | DEBERTA_TABLES | {"conv_kernel_size": 3, "conv_act": "gelu"}
 TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 # Standard deviation of a product's output for inputs of unit variance, and of the biases.
@@ -58,7 +63,8 @@ class Shape:
         model_class, config_class: of transformers.
         settings: arguments of the config.
         special: special tokens by role, ids counted from 0 in this order.
-        max_length: longest text, special tokens included.
+        max_length: longest text that such a model is trained on, special tokens included.
+        held: longest text that it computes.
     """
 
     model_class: Any
@@ -66,13 +72,18 @@ class Shape:
     settings: dict[str, Any]
     special: dict[str, str]
     max_length: int
+    held: int
 
-    def model(self, seed: int = 0) -> Any:
-        """A Hugging Face model with random weights, float32, in evaluation mode, with its eager attention."""
+    def model(self, seed: int = 0, device: str = "cpu") -> Any:
+        """A Hugging Face model with random weights, float32, in evaluation mode, with its eager attention.
+
+        The weights are drawn on the device: the largest shapes would take a CPU half a minute.
+        """
         torch.manual_seed(seed)
         spread = GAIN / math.sqrt(self.settings["hidden_size"])
         config = self.config_class(**self.settings, initializer_range=spread, attn_implementation="eager")
-        model = self.model_class(config)
+        with torch.device(device):
+            model = self.model_class(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
@@ -94,8 +105,8 @@ class Shape:
         Raises:
             RequestError: a length that the model does not hold or that has nothing to score, or no copies.
         """
-        if not 3 <= length <= self.max_length:
-            raise RequestError(f"length {length} is not between 3 and the {self.max_length} that this shape holds")
+        if not 3 <= length <= self.held:
+            raise RequestError(f"length {length} is not between 3 and the {self.held} that this shape holds")
         if copies < 1:
             raise RequestError(f"copies={copies} leaves nothing to measure; 1 is the least")
         roles = list(self.special)
@@ -129,17 +140,21 @@ ROBERTA_TOKENS = {
 
 def _deberta(**settings: Any) -> Shape:
     longest = settings["max_position_embeddings"]
-    return Shape(DebertaV2ForMaskedLM, DebertaV2Config, DEBERTA | settings, DEBERTA_TOKENS, longest)
+    # No table ends there: farther distances share the last buckets. Four times as long is as far as is measured.
+    return Shape(DebertaV2ForMaskedLM, DebertaV2Config, DEBERTA | settings, DEBERTA_TOKENS, longest, 4 * longest)
 
 
 def _roberta(**settings: Any) -> Shape:
     longest = settings["max_position_embeddings"] - 2  # positions are counted from pad_token_id + 1
-    return Shape(RobertaForMaskedLM, RobertaConfig, ROBERTA | settings, ROBERTA_TOKENS, longest)
+    return Shape(RobertaForMaskedLM, RobertaConfig, ROBERTA | settings, ROBERTA_TOKENS, longest, longest)
 
 
 SHAPES = {
-    "deberta-v3-base": _deberta(**BASE, vocab_size=128100, max_position_embeddings=512, position_buckets=256),
+    "deberta-v3-base": _deberta(**BASE, **DEBERTA_TABLES),
+    "deberta-v2-xlarge": _deberta(**DEBERTA_V2),
+    "deberta-v2-xxlarge": _deberta(**(DEBERTA_V2 | {"num_hidden_layers": 48})),
     "roberta-base": _roberta(**BASE, vocab_size=50265, max_position_embeddings=514),
+    "roberta-large": _roberta(**LARGE, vocab_size=50265, max_position_embeddings=514),
     # To try the machinery in a second; nobody's model.
     "toy-deberta": _deberta(**TOY, vocab_size=300, max_position_embeddings=64, position_buckets=16),
     "toy-roberta": _roberta(**TOY, vocab_size=300, max_position_embeddings=66),

@@ -13,10 +13,11 @@ import torch
 import mlmfast
 from mlmfast import backends
 from mlmfast.bench import machine, peers
+from mlmfast.bench.agreement import FLOAT32_BOUND
 from mlmfast.bench.peers.minicons import repaired_scorer
-from mlmfast.bench.pll import FLOAT32_BOUND, interleaved, limited, summary
 from mlmfast.bench.sentences import tiny_tokenizer
 from mlmfast.bench.shapes import SHAPES
+from mlmfast.bench.timing import interleaved, limited, summary
 from mlmfast.errors import RequestError
 
 # Sentences that minicons is given at once; which is faster depends on the model.

@@ -6,7 +6,6 @@ everything but its products free.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,10 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from mlmfast.architectures.spec import EncoderSpec, Linear
+from mlmfast.bench.timing import device_seconds
 from mlmfast.packing import PackedBatch
 
 # Square products and the shapes of base models' linears: [rows, in, out].
 PRODUCTS = ((2048, 2048, 2048), (4096, 4096, 4096), (4096, 768, 3072), (4096, 3072, 768))
+# The same on a GPU, which takes more to fill.
+GPU_PRODUCTS = ((8192, 8192, 8192), (65536, 768, 3072), (65536, 3072, 768))
+# Bytes of the copy that a GPU's memory is measured by: many times its cache.
+COPY_BYTES = 2 << 30
 
 
 def useful_flops(spec: EncoderSpec, batches: Sequence[PackedBatch]) -> int:
@@ -70,16 +74,30 @@ def _attention_flops(spec: EncoderSpec, batch: PackedBatch) -> int:
 
 
 def _dots(spec: EncoderSpec, queries: np.ndarray, length: int) -> int:
-    """Products of ``H D`` numbers with as many that one layer's attention needs for some queries of one copy."""
+    """:func:`attention_dots` of one layer."""
+    buckets = None if spec.buckets is None else spec.buckets.cpu().numpy()
+    first = spec.layers[0]
+    return attention_dots(queries, length, buckets, (first.pos_key is not None) + 2 * (first.pos_query is not None))
+
+
+def attention_dots(queries: np.ndarray, length: int, buckets: np.ndarray | None, terms: int = 3) -> int:
+    """Products of ``H D`` numbers with as many that one attention needs for some queries of one copy.
+
+    Args:
+        queries: their places in the copy.
+        length: its keys.
+        buckets: table row of each distance, int ``[2 N + 1]``; None without position terms.
+        terms: 1 for content-to-position, 2 for position-to-content, 3 for both.
+    """
     dots = 2 * len(queries) * length  # q.k, and mixing the values
-    if spec.buckets is None or not len(queries):
+    if buckets is None or not len(queries):
         return dots
-    longest = len(spec.buckets) // 2
+    longest = len(buckets) // 2
     distances = np.clip(queries[:, None] - np.arange(length), -longest, longest)
-    rows = spec.buckets.cpu().numpy()[distances + longest]  # [queries, length]
-    if spec.layers[0].pos_key is not None:
+    rows = buckets[distances + longest]  # [queries, length]
+    if terms & 1:
         dots += _distinct(rows)
-    if spec.layers[0].pos_query is not None:
+    if terms & 2:
         dots += _distinct(rows.T)
     return dots
 
@@ -91,39 +109,46 @@ def _distinct(rows: np.ndarray) -> int:
 
 
 class Peak:
-    """The best rate seen of large matrix products, in the dtype and with the threads of what is measured.
+    """The best rate seen of large matrix products, in the dtype, on the device and the threads of what is measured.
 
     Attributes:
         flops: operations a second; 0 before the first sample.
         source: the product that reached it.
     """
 
-    def __init__(self, dtype: torch.dtype, products: Sequence[tuple[int, int, int]] = PRODUCTS) -> None:
+    def __init__(
+        self, dtype: torch.dtype, products: Sequence[tuple[int, int, int]] | None = None, device: str = "cpu"
+    ) -> None:
         self.flops = 0.0
         self.source = ""
+        self._device = device
+        if products is None:
+            products = PRODUCTS if torch.device(device).type == "cpu" else GPU_PRODUCTS
         self._products = [
             (f"{kind} {rows}x{inner}x{outer}", 2 * rows * inner * outer, run)
             for rows, inner, outer in products
-            for kind, run in _ways(rows, inner, outer, dtype)
+            for kind, run in _ways(rows, inner, outer, dtype, device)
         ]
 
     def sample(self) -> float:
         """Times every product once more; returns the best rate so far."""
         with torch.inference_mode():
             for name, operations, run in self._products:
-                start = time.perf_counter()
-                run()
-                rate = operations / (time.perf_counter() - start)
+                rate = operations / device_seconds(run, self._device)
                 if rate > self.flops:
                     self.flops, self.source = rate, name
         return self.flops
 
 
-def _ways(rows: int, inner: int, outer: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+def _ways(
+    rows: int, inner: int, outer: int, dtype: torch.dtype, device: str
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """The ways that torch multiplies ``[rows, inner]`` by ``[inner, outer]``."""
-    x = torch.randn(rows, inner).to(dtype)
-    weight = torch.randn(outer, inner).to(dtype)
+    x = torch.randn(rows, inner, device=device).to(dtype)
+    weight = torch.randn(outer, inner, device=device).to(dtype)
     yield "linear", lambda: F.linear(x, weight)
+    if x.device.type != "cpu":
+        return
     # oneDNN with a packed weight can be twice as fast (MKL is slow on some CPUs). These ops are private to torch,
     # and absent in some builds.
     try:
@@ -133,3 +158,12 @@ def _ways(rows: int, inner: int, outer: int, dtype: torch.dtype) -> Iterator[tup
     except (AttributeError, RuntimeError, NotImplementedError):
         return
     yield "packed linear", run
+
+
+def copy_bandwidth(device: str, size: int = COPY_BYTES, repeats: int = 10) -> float:
+    """Bytes a second of a large copy within a device's memory, those read and those written: the median of some."""
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    run = lambda: target.copy_(source)  # noqa: E731
+    run()
+    return float(2 * size / np.median([device_seconds(run, device) for _ in range(repeats)]))

@@ -9,33 +9,38 @@ import importlib.util
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from mlmfast.bench.peers.disentangled_flash import DisentangledFlash
 from mlmfast.bench.peers.exported import OnnxRuntime, OpenVINO
 from mlmfast.bench.peers.huggingface import HuggingFaceCompiled, HuggingFaceEager
 from mlmfast.bench.peers.minicons import Minicons
+from mlmfast.bench.peers.scored import HuggingFaceScored
 from mlmfast.bench.peers.subject import Peer, Subject
 from mlmfast.errors import RequestError
 
-__all__ = ["PEERS", "HuggingFaceCompiled", "HuggingFaceEager", "Minicons", "OnnxRuntime", "OpenVINO", "Peer", "Subject"]
-__all__ += ["named", "versions"]
+__all__ = ["PEERS", "DisentangledFlash", "HuggingFaceCompiled", "HuggingFaceEager", "HuggingFaceScored", "Minicons"]
+__all__ += ["OnnxRuntime", "OpenVINO", "Peer", "Subject", "named", "versions"]
 
 PEERS: dict[str, type[Peer]] = {
     "hf": HuggingFaceEager,
+    "hf-scored": HuggingFaceScored,
     "hf-compile": HuggingFaceCompiled,
+    "disentangled-flash": DisentangledFlash,
     "minicons": Minicons,
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVINO,
 }
 
 
-def named(against: Sequence[str], dtype: str) -> dict[str, tuple[type[Peer], str]]:
+def named(against: Sequence[str], dtype: str, device: str = "cpu") -> dict[str, tuple[type[Peer], str]]:
     """The peers that ``--against`` names, each with the dtype it computes in.
 
     Args:
         against: names of :data:`PEERS`, ``:dtype`` after one that computes in another dtype than mlmfast.
         dtype: mlmfast's.
+        device: a device type, all sides'.
 
     Raises:
-        RequestError: a name that is not known or not installed, or a dtype that a peer does not compute in.
+        RequestError: a name that is not known or not installed, or a dtype or device that a peer does not compute in.
     """
     if not against:
         raise RequestError(f"--against names nobody; choose from {', '.join(PEERS)}")
@@ -48,6 +53,8 @@ def named(against: Sequence[str], dtype: str) -> dict[str, tuple[type[Peer], str
         if chosen not in peer.dtypes:
             instead = f"; --against {name}:{peer.dtypes[0]} compares with its {peer.dtypes[0]}" if not own else ""
             raise RequestError(f"{name} computes in {' or '.join(peer.dtypes)} here, not in {chosen}{instead}")
+        if device not in peer.devices:
+            raise RequestError(f"{name} computes on {' or '.join(peer.devices)} here, not on {device}")
         missing = [package for package in peer.packages if importlib.util.find_spec(package) is None]
         if missing:
             raise RequestError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}")

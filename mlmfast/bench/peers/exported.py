@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mlmfast.bench.peers.huggingface import with_own_attention
+from mlmfast.bench.peers.scored import ScoredRows
 from mlmfast.bench.peers.subject import PaddedBatch, Subject, batch_shapes, copy_lengths, padded_batches
 from mlmfast.masking import MaskPlan
 
@@ -43,36 +44,6 @@ AXES = {
     "targets": {0: "scored"},
 }
 INPUTS = tuple(AXES)
-
-
-class ScoredRows(torch.nn.Module):
-    """The model that is exported: encoder, the scored rows, head, log-softmax in float32, the targets' values."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        encoder = self.model.base_model
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, L, d]
-        scored = hidden.reshape(-1, hidden.shape[-1])[rows]  # [n, d]
-        logits = self._head(scored).float()  # [n, V]
-        return logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        if hasattr(self.model, "lm_predictions"):  # DeBERTa-v2's newer layout
-            return self.model.lm_predictions(hidden, self.model.deberta.embeddings.word_embeddings)
-        return self.model.cls(hidden) if hasattr(self.model, "cls") else self.model.lm_head(hidden)
-
-
-def plain_logprobs(model: Any, plan: MaskPlan, pad_token_id: int) -> np.ndarray:
-    """:class:`ScoredRows` in plain torch, in the model's dtype: float32 ``[N]``."""
-    module = ScoredRows(model)
-    found = np.empty(len(plan.targets), np.float32)
-    with torch.inference_mode():
-        for batch in padded_batches(plan, pad_token_id, SMALLER[0]):
-            found[batch.order] = module(batch.input_ids, batch.attention_mask, batch.rows, batch.targets).numpy()
-    return found
 
 
 @dataclass(frozen=True)
@@ -164,6 +135,7 @@ class OnnxRuntime(Exported):
 
     name: ClassVar[str] = "onnxruntime"
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx", "onnxscript")
     graphs: ClassVar[tuple[str, ...]] = ("exported by torch.export", "exported by TorchScript")
 
@@ -207,6 +179,7 @@ class OpenVINO(Exported):
 
     name: ClassVar[str] = "openvino"
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
     graphs: ClassVar[tuple[str, ...]] = ("for any shape", "for this shape")
 

@@ -23,11 +23,12 @@ class Minicons:
 
     name: ClassVar[str] = "minicons"
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     packages: ClassVar[tuple[str, ...]] = ("minicons",)
     rounds: ClassVar[bool] = True
 
     def __init__(self, subject: Subject) -> None:
-        self.scorer = repaired_scorer(subject.model, subject.tokenizer)
+        self.scorer = repaired_scorer(subject.model, subject.tokenizer, str(subject.device))
 
     def way(self) -> str:
         return "all copies of a text a pass"
@@ -40,7 +41,7 @@ class Minicons:
                 encoded = BatchEncoding({"input_ids": [ids], "attention_mask": [np.ones_like(ids)]})
                 copies = self.scorer.get_masked_tensors(encoded, "original", [start], [end])
                 (scores,) = self.scorer.compute_stats(copies, return_tensors=True)
-                found[plan.score_offsets[text] : plan.score_offsets[text + 1]] = scores.numpy()
+                found[plan.score_offsets[text] : plan.score_offsets[text + 1]] = scores.cpu().numpy()
         return found
 
 
@@ -57,7 +58,7 @@ def _ranges(plan: MaskPlan) -> list[tuple[int, int]]:
     return ranges
 
 
-def repaired_scorer(model: Any, tokenizer: Any) -> Any:
+def repaired_scorer(model: Any, tokenizer: Any, device: str = "cpu") -> Any:
     """A ``MaskedLMScorer`` that runs on transformers 5.
 
     minicons 0.3.39 encodes texts by ``tokenizer.batch_encode_plus``, which transformers 5 has taken away; calling the
@@ -72,4 +73,4 @@ def repaired_scorer(model: Any, tokenizer: Any) -> Any:
             texts = [text] if isinstance(text, str) else text
             return self.tokenizer(texts, padding="longest", return_attention_mask=True)
 
-    return Repaired(model, "cpu", tokenizer=tokenizer)
+    return Repaired(model, device, tokenizer=tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -30,6 +30,11 @@ class Subject:
     dtype: str = "float32"
     batch: int | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and so where the peer computes."""
+        return next(self.model.parameters()).device
+
     def twin(self) -> Any:
         """The model with a config of its own, so that a peer can change its attention; the weights are shared."""
         return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
@@ -41,12 +46,14 @@ class Peer(Protocol):
     Attributes:
         name: as rows call it.
         dtypes: what it computes in.
+        devices: the device types that it runs on.
         packages: what it needs that mlmfast does not.
         rounds: whether it reduces log-probabilities in the model's own dtype, and so rounds them to it.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
+    devices: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]] = ()
     rounds: ClassVar[bool] = False
 
@@ -78,6 +85,13 @@ class PaddedBatch:
     targets: Tensor
     order: np.ndarray
 
+    def to(self, device: torch.device) -> PaddedBatch:
+        """The same batch on a device; ``order`` stays."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
 
 def padded_batches(plan: MaskPlan, pad_token_id: int, most: int) -> Iterator[PaddedBatch]:
     """A plan's copies in the order given, in batches as even as can be of at most ``most``."""
@@ -103,6 +117,11 @@ def padded_batches(plan: MaskPlan, pad_token_id: int, most: int) -> Iterator[Pad
 def copy_lengths(plan: MaskPlan) -> np.ndarray:
     """int64 ``[C]``."""
     return np.array([len(sequence) for sequence in plan.sequences], np.int64)[plan.copy_sequences]
+
+
+def longest_copy(plan: MaskPlan) -> int:
+    """Tokens of the longest copy."""
+    return int(copy_lengths(plan).max())
 
 
 def batch_shapes(plan: MaskPlan, most: int) -> set[tuple[int, int]]:
