@@ -33,7 +33,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(USABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-all lint format bench bench-cpu figure gpu-test gpu-bench tiny clean
+.PHONY: demo test test-all lint format bench bench-cpu figure gpu-test gpu-bench gpu-tune kernel-resources tiny clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -96,6 +96,14 @@ gpu-test:
 # Everything measured on a GPU, within BUDGET seconds, into benchmarks/results/<device>.
 gpu-bench:
 	$(FROM_CHECKOUT) benchmarks/gpu.py --budget $(BUDGET) $(GPU_FLAGS)
+
+# How each Triton kernel is best launched on this GPU, into kernels/configs/<device>.json.
+gpu-tune:
+	$(FROM_CHECKOUT) benchmarks/tune.py
+
+# Registers, stack and shared memory of every Triton kernel, compiled for three GPUs; no GPU is needed.
+kernel-resources: $(VENV)/.installed
+	$(PY) benchmarks/resources.py --output benchmarks/results/triton_resources
 
 tiny: $(VENV)/.installed
 	@test -n "$(CORPUS)" || { echo 'make tiny CORPUS="folder/*.txt.gz" [WORDNET=folder]: texts to train on'; exit 2; }

@@ -101,6 +101,7 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[OpCase]:
         yield _attention(sizes, length, disentangled=False)
     yield _add_layer_norm(sizes)
     yield _masked_embedding(sizes)
+    yield _rotary(sizes)
     for length in lengths:
         yield _vocabulary(sizes, length, sizes.top_k)
 
@@ -158,6 +159,19 @@ def _masked_embedding(sizes: Sizes) -> OpCase:
         return int(ids.nbytes + masked.nbytes + len(ids) * words.shape[1] * words.element_size())
 
     return OpCase("masked_embedding", f"{sizes.rows} rows", make, 0, read)
+
+
+def _rotary(sizes: Sizes) -> OpCase:
+    head = sizes.width // sizes.heads
+
+    def make(draw: Draw) -> tuple[Any, ...]:
+        angles = torch.arange(sizes.span, device=draw.device)[:, None] * 0.01 ** torch.linspace(
+            0, 1, head // 2, device=draw.device
+        )
+        places = draw.below(sizes.span, sizes.rows)
+        return draw(sizes.rows, sizes.heads, head), angles.cos(), angles.sin(), places
+
+    return OpCase("rotary", f"{sizes.rows} rows", make, 0)
 
 
 def _vocabulary(sizes: Sizes, length: int, top_k: int | None = None) -> OpCase:

@@ -4,9 +4,10 @@
     python benchmarks/resources.py --targets 90 --case bfloat16
 
 A kernel is compiled as it would be at run time: the ops' own functions are called on tensors without data, and each
-launch is recorded instead of made: its argument types, which of them are 1 or divisible by 16, its tiles. Exit status 1:
-a kernel keeps something on the stack (registers were spilled), wants more shared memory than the GPU has, or multiplies
-float32 in TF32.
+launch is recorded instead of made: its argument types, which of them are 1 or divisible by 16, its tiles. (What asked
+such a tensor for a value would fail, so this also shows that no op waits for the device.) Exit status 1: a kernel keeps
+something on the stack (registers were spilled), wants more shared memory than the GPU has, or multiplies float32 in
+TF32.
 """
 
 from __future__ import annotations
@@ -146,11 +147,11 @@ def recording() -> Iterator[list[Recorded]]:
     def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Recorded.of(self, *args, **kwargs))
 
-    JITFunction.run = record  # type: ignore[method-assign,assignment]
+    JITFunction.run = record
     try:
         yield launches
     finally:
-        JITFunction.run = run  # type: ignore[method-assign]
+        JITFunction.run = run
 
 
 # ---- what is compiled: the shapes that models have
@@ -200,8 +201,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             yield "disentangled_attention", f"D={width}, L={length}, few queries", call
     for width in (64, 128):
         x = floats(TOKENS, 3, 12, width)[:, 0]
-        tables = [numbers(512, width // 2, dtype=torch.float32) for _ in range(2)]
-        yield "rotary", f"D={width}", partial(op("rotary"), x, *tables, ids(TOKENS))
+        angles = [numbers(512, width // 2, dtype=torch.float32) for _ in range(2)]
+        yield "rotary", f"D={width}", partial(op("rotary"), x, *angles, ids(TOKENS))
     for width, tokens in ((256, 8192), (768, 128100)):
         hidden, words, bias = floats(512, width), floats(tokens, width), floats(tokens)
         call = partial(op("vocab_logprob"), hidden, words, bias, ids(512), ids(512), 1.0)
@@ -235,13 +236,14 @@ def table(found: list[Resources], versions: str) -> str:
     lines[-1] += "stack (spilled registers; there are none) and of shared memory a block."
     lines += ["", f"| op | case | dtype | kernel | tiles | {' | '.join(f'sm_{c}' for c in capabilities)} |"]
     lines.append(f"|---|---|---|---|---|{'---:|' * len(capabilities)}")
-    groups: dict[tuple[str, ...], dict[int, Resources]] = {}
+    groups: dict[tuple[str, str, str, str, str], dict[int, Resources]] = {}
     for entry in found:
         key = (entry.op, entry.case, entry.dtype, entry.kernel, entry.tiles)
         groups.setdefault(key, {})[entry.capability] = entry
     for key, entries in groups.items():
         cells = [
-            f"{e.registers} / {e.stack} / {e.shared}" if (e := entries.get(capability)) else "" for capability in capabilities
+            f"{e.registers} / {e.stack} / {e.shared}" if (e := entries.get(capability)) else ""
+            for capability in capabilities
         ]
         lines.append(f"| {' | '.join([*key, *cells])} |")
     return "\n".join([*lines, ""])
@@ -269,7 +271,10 @@ def main() -> None:
         arguments.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     faulty = [entry for entry in found if entry.faults]
     for entry in faulty:
-        print(f"{entry.op} ({entry.case}, {entry.dtype}) sm_{entry.capability}: {'; '.join(entry.faults)}", file=sys.stderr)
+        print(
+            f"{entry.op} ({entry.case}, {entry.dtype}) sm_{entry.capability}: {'; '.join(entry.faults)}",
+            file=sys.stderr,
+        )
     sys.exit(1 if faulty or not found else 0)
 
 

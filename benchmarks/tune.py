@@ -94,8 +94,12 @@ def band_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             "band",
             launches.case(dtype, width),
             disentangled_attention.usual_band_launch(dtype, width),
-            lambda rows=rows, table=table, reached=reached: disentangled_attention.band(rows, table, reached)[..., :255],  # type: ignore[misc]
-            lambda rows=rows, table=table: torch.einsum("thd,phd->htp", rows.float(), table[:255].float()).to(rows.dtype),  # type: ignore[misc]
+            lambda rows=rows, table=table, reached=reached: disentangled_attention.band(rows, table, reached)[
+                ..., :255
+            ],  # type: ignore[misc]
+            lambda rows=rows, table=table: torch.einsum("thd,phd->htp", rows.float(), table[:255].float()).to(
+                rows.dtype
+            ),  # type: ignore[misc]
             [
                 {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": 1}
                 for m, n, warps in itertools.product((32, 64, 128), (32, 64, 128), (4, 8))

@@ -1,7 +1,7 @@
 """Triton kernels, one file an op, imported as ``mlmfast.kernels``.
 
-Everything is packed rows; sums are in float32, and float32 products are IEEE, never TF32. With ``TRITON_INTERPRET=1`` in
-the environment when they are imported, the kernels run in Triton's interpreter, on the CPU, for tests.
+Everything is packed rows; sums are in float32, and float32 products are IEEE, never TF32. With ``TRITON_INTERPRET=1``
+in the environment when they are imported, the kernels run in Triton's interpreter, on the CPU, for tests.
 """
 
 from __future__ import annotations

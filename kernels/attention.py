@@ -1,4 +1,4 @@
-"""``attention`` in Triton: softmax on the fly over packed sequences, and the kernel that the disentangled one shares."""
+"""``attention`` in Triton: softmax on the fly over packed sequences; the disentangled one shares the kernel."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attention_kernel(
     if first_query >= queries:
         return
 
-    # Offsets within a tile fit 32 bits, and where the tile begins is one number: registers are what this kernel is short of.
+    # Offsets within a tile fit 32 bits, and where it begins is one number: registers are what this kernel is short of.
     i, j, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     q_row0 = (q_begin + first_query).to(tl.int64)
     asked = first_query + i < queries

@@ -128,7 +128,8 @@ def disentangled_attention(
     if len(q) == 0:
         return out
     tables = [table for table in (pos_key, pos_query) if table is not None]
-    slots, table_rows, reach = buckets, None, len(buckets) // 2
+    slots: Tensor | None = buckets
+    table_rows, reach = None, len(buckets) // 2
     width = min((len(table) for table in tables), default=0)
     if 2 * max_seqlen_k - 1 <= width:
         distances = torch.arange(1 - max_seqlen_k, max_seqlen_k, device=q.device)

@@ -24,9 +24,7 @@ COMPILED = {"enable_fp_fusion": True}
 FOLDER = Path(__file__).with_name("configs")
 
 
-def launch(
-    kernel: str, device: torch.device, usual: Callable[..., Launch], dtype: torch.dtype, *sizes: int
-) -> Launch:
+def launch(kernel: str, device: torch.device, usual: Callable[..., Launch], dtype: torch.dtype, *sizes: int) -> Launch:
     """The configuration of a launch.
 
     Args:

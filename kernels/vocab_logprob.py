@@ -67,7 +67,9 @@ def vocab_logprob_kernel(
                 target = tl.load(targets + begin + i, mask=here & (i < count), other=-1)
                 mine = (target >= tile * BLOCK_N) & (target < (tile + 1) * BLOCK_N)
                 if tl.max(mine.to(tl.int32)) > 0:
-                    logit = tl.sum(tl.where(target[:, None] - tile * BLOCK_N == tl.arange(0, BLOCK_N)[None, :], logits, 0.0), 1)
+                    logit = tl.sum(
+                        tl.where(target[:, None] - tile * BLOCK_N == tl.arange(0, BLOCK_N)[None, :], logits, 0.0), 1
+                    )
                     tl.store(found + begin + i, logit, mask=mine)
     tl.store(greatest + r * PARTS + part, top, mask=here)
     tl.store(total + r * PARTS + part, sums, mask=here)

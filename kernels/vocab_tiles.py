@@ -49,7 +49,9 @@ def logits_tile(
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, width, BLOCK_K):
         inside = start + d < width
-        a = tl.load(left + start + (i[:, None] * hidden_row + d[None, :]), mask=here[:, None] & inside[None, :], other=0.0)
+        a = tl.load(
+            left + start + (i[:, None] * hidden_row + d[None, :]), mask=here[:, None] & inside[None, :], other=0.0
+        )
         b = tl.load(
             right + start + (j[None, :] * vocabulary_row + d[:, None]), mask=there[None, :] & inside[:, None], other=0.0
         )
@@ -61,7 +63,7 @@ def logits_tile(
 
 @triton.jit
 def with_tile(logits, greatest, total, spread, ENTROPIES: tl.constexpr):
-    """A row's greatest logit ``[M]`` and its sums of exp(x - greatest) and of (x - greatest) times that, one tile on."""
+    """A row's greatest logit ``[M]``, its sum of exp(x - greatest), its sum of (x - greatest) times that, a tile on."""
     highest = tl.maximum(greatest, tl.max(logits, 1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # where nothing is there yet
     above = logits - base[:, None]

@@ -66,7 +66,7 @@ class Backend:
         return None if missing is None else missing(op)
 
 
-# Fastest first. The reference takes everything, so that a choice always exists; what comes after it serves by name only.
+# Fastest first. The reference takes everything, so a choice always exists; what comes after it serves by name only.
 BACKENDS = (
     Backend("cpu", "mlmfast.cpu", ("cpu",), (torch.float32, torch.bfloat16)),
     Backend("triton", "mlmfast.kernels", ("cuda",), (torch.float32, torch.float16, torch.bfloat16)),

@@ -31,10 +31,6 @@ from mlmfast.model import MaskedLM
 from mlmfast.packing import PackedBatch, pack
 
 CPU = torch.device("cpu")
-needs_kernels = pytest.mark.skipif(
-    not torch.cuda.is_available() or any(service.backend == "reference" for service in backends.report("cuda")),
-    reason="needs a CUDA device, and kernels for every op: the reference waits",
-)
 
 
 class StandIn:
@@ -413,7 +409,7 @@ def on_cuda(lm: MaskedLM) -> Iterator[None]:
         lm.model.to("cpu")
 
 
-@needs_kernels
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bert", "deberta"])
 def test_cuda_graphs_find_what_plain_passes_find(tokenizers: dict[str, PreTrainedTokenizerBase], kind: str) -> None:
     lm = changing(kind, tokenizers)

@@ -18,16 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from truth import assert_near
 
 import mlmfast
-from mlmfast import backends, encoder, execution, staging
+from mlmfast import encoder, execution, staging
 from mlmfast.execution import Values, head_states
 from mlmfast.model import MaskedLM
 from mlmfast.packing import PackedBatch, pack
 
 META = torch.device("meta")
-needs_kernels = pytest.mark.skipif(
-    not torch.cuda.is_available() or any(service.backend == "reference" for service in backends.report("cuda")),
-    reason="needs a CUDA device, and kernels for every op: the reference waits",
-)
 
 
 class NoHost(TorchDispatchMode):
@@ -193,7 +189,7 @@ def test_batches_are_launched_before_the_first_result_is_fetched(
         assert events == ["launch", "fetch"] * batches + ["fetch"]
 
 
-@needs_kernels
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", [*NAMES, "roberta"])
 def test_torch_sees_no_wait_on_cuda(models: dict[str, MaskedLM], name: str) -> None:
     lm, device = models[name], torch.device("cuda")
