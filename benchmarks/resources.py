@@ -66,7 +66,8 @@ class Recorded:
         signature, constants, divisible = {}, {}, []
         for parameter in kernel.params:
             value = values[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            special = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[parameter.name] = f"*{TYPES[value.dtype]}"
@@ -75,7 +76,7 @@ class Recorded:
                 signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if special and value % 16 == 0:
                     divisible.append(parameter.name)
         return cls(
             kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(sorted(options.items()))

@@ -24,7 +24,7 @@ from mlmfast.kernels.rows import on_device_of, whole
 BANDS = 64 << 20
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots"])  # they change from batch to batch
 def band_kernel(
     rows,  # [T, H, D]
     table,  # [P, H, D]

@@ -11,7 +11,7 @@ from mlmfast.kernels.row_norm import layer_norm, row_launch
 from mlmfast.kernels.rows import on_device_of, row_stride, whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_token_id", "copies"])
 def masked_embedding_kernel(
     token_ids,  # int64 [T]
     masked,  # bool [T]

@@ -11,7 +11,7 @@ from mlmfast.kernels.rows import on_device_of
 from mlmfast.kernels.vocab_tiles import PARTS, Product, log_partition, logits_tile, with_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def vocab_logprob_kernel(
     greatest,  # [R, PARTS]
     total,  # [R, PARTS]
@@ -77,7 +77,7 @@ def vocab_logprob_kernel(
         tl.store(spread + r * PARTS + part, spreads, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def vocab_ranks_kernel(
     found,  # [N], the targets' logits, by row
     starts,  # int64 [R + 1]

@@ -15,7 +15,7 @@ from mlmfast.kernels.vocab_tiles import Product, logits_tile, with_tile
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def vocab_rows_kernel(
     out,  # [R, V]
     hidden,

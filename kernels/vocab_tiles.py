@@ -75,7 +75,7 @@ def with_tile(logits, greatest, total, spread, ENTROPIES: tl.constexpr):
     return highest, total * fade + tl.sum(weights, 1), spread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def log_partition_kernel(
     greatest,  # [R, PARTS]
     total,  # [R, PARTS]

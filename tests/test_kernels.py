@@ -113,6 +113,42 @@ resources.main()
     assert fault in errors
 
 
+def test_batches_of_other_sizes_are_not_compiled_for_anew() -> None:
+    """Counts, lengths and rows change with every batch; a compilation takes seconds."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import resources, torch
+from functools import partial
+floats, ids = partial(resources.numbers, dtype=torch.float32), partial(resources.numbers, dtype=torch.int64)
+kinds = set()
+for length, copies in ((33, 1), (48, 16), (63, 31), (64, 128)):
+    rows = floats(copies * length, 12, 64)
+    bounds = resources.numbers(copies + 1, dtype=torch.int32)
+    tables = floats(512, 12, 64), floats(512, 12, 64), resources.numbers(1023, dtype=torch.int32)
+    wide, vector = floats(copies * length, 768), floats(768)
+    scored = copies * 5
+    with resources.recording() as launches:
+        resources.op("disentangled_attention")(rows, rows, rows, *tables, bounds, bounds, length, length, None, 0.1)
+        resources.op("attention")(rows, rows, rows, bounds, bounds, length, length, None, 0.1, length)
+        resources.op("add_layer_norm")(wide, wide, vector, vector, vector, 1e-7)
+        resources.op("linear")(wide, floats(3072, 768), floats(3072), "gelu")
+        resources.op("masked_embedding")(ids(len(wide)), ids(scored), copies, floats(999, 768), norm_weight=vector)
+        head = wide[:scored], floats(999, 768), floats(999)
+        resources.op("vocab_logprob")(*head, ids(scored), ids(scored), ranks=True, entropies=True)
+        resources.op("vocab_topk")(*head, copies % 7 + 1)
+        resources.op("vocab_rows")(*head)
+        resources.op("rotary")(rows, floats(512, 32), floats(512, 32), ids(len(rows)))
+    kinds.add(frozenset(launches))
+for kind in set().union(*kinds) - frozenset.intersection(*kinds):
+    print(kind)
+"""
+    process = start(code=code)
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert not out
+
+
 def test_the_committed_table_is_of_these_kernels() -> None:
     """Every kernel stands in it, none with a fault. (It does not follow from this that it is of today's text.)"""
     table = json.loads((ROOT / "benchmarks/results/triton_resources.json").read_text())["kernels"]
