@@ -1,21 +1,25 @@
-"""The part of the build that pyproject.toml cannot say: ``kernels/`` is ``mlmfast.kernels``; the extension in csrc/cpu.
+"""The part of the build that pyproject.toml cannot say: ``kernels/`` is ``mlmfast.kernels``; the extensions in csrc/.
 
-The extension needs a C++17 compiler and torch's headers, and no torch at build time: it is written to LibTorch's stable
-ABI, so one binary serves torch 2.10 and later and every Python from 3.10 (a free-threaded one has its own). Where the
-compiler or the headers are missing, the package is installed without it (`mlmfast doctor` says so).
-MLMFAST_BUILD_CPU=1 makes that an error, =0 builds none, auto is the default.
+They need a C++17 compiler and torch's headers, and no torch at build time: they are written to LibTorch's stable ABI,
+so one binary serves torch 2.10 and later and every Python from 3.10 (a free-threaded one has its own). The one in
+csrc/cuda needs nvcc besides, and is built beside a torch that has CUDA. Where something is missing, the package is
+installed without the extension (`mlmfast doctor` says so). MLMFAST_BUILD_CPU=1 and MLMFAST_BUILD_CUDA=1 make that an
+error, =0 builds none, auto is the default; MLMFAST_BUILD_CUDA=1 builds beside any torch.
+TORCH_CUDA_ARCH_LIST="8.0;9.0a" says for which GPUs.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import setuptools
@@ -30,7 +34,6 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 PACKAGES = setuptools.find_packages(include=["mlmfast", "mlmfast.*"])
 KERNELS = setuptools.find_packages("kernels")  # its subfolders, if there are any
 
-FOLDER = Path("csrc/cpu")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # One binary for every Python, unless it runs without the global lock.
 LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -127,76 +130,165 @@ def quoted(*words: Path | str) -> str:
     return " ".join(shlex.quote(str(word)).replace("$", "$$") for word in words)
 
 
+def rule(name: str, command: str, *, dependencies: bool = False) -> list[str]:
+    """A rule of a ninja file, with the headers that a compiler lists for it."""
+    lines = [f"rule {name}", f"  command = {command}", "  description = $out"]
+    return lines + (["  depfile = $out.d", "  deps = gcc"] if dependencies else [])
+
+
+def build(target: str, name: str, sources: str, flags: Sequence[Path | str] = ()) -> list[str]:
+    """A line of a ninja file, with what is special about this target."""
+    return [f"build {target}: {name} {sources}", f"  own = {quoted(*flags)}"]
+
+
+def linked(*libraries: Path | str) -> str:
+    """The command that makes a module of objects. Python's own symbols come from the interpreter."""
+    shared = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+    return f"{quoted(*compiler(), *shared)} $in -o $out {quoted('-L', torch_folder() / 'lib', *libraries)}"
+
+
+def includes() -> list[Path | str]:
+    return ["-isystem", torch_folder() / "include", "-isystem", python_headers()]
+
+
+def compile_command() -> str:
+    extra = os.environ.get("CXXFLAGS", "")
+    return f"{quoted(*compiler(), *FLAGS, *includes())} {extra} $own -MMD -MF $out.d -c $in -o $out"
+
+
+def cpu_file(target: Path) -> list[str]:
+    """The ninja file of mlmfast._cpu."""
+    paths = paths_of(compiler())
+    own = {path: [*flags, f"-DMLMFAST_PATH={path}"] for path, flags in paths.items()}
+    have = [f"-DMLMFAST_HAS_{path.upper()}" for path in paths]
+    lines = [*rule("compile", compile_command(), dependencies=True), *rule("link", linked("-ltorch_cpu"))]
+    objects = []
+    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+        # kernels.cpp sees neither torch's nor Python's headers, so it may be compiled for any processor.
+        for path, flags in own.items() if source.stem == "kernels" else [("", have)]:
+            objects.append(f"{source.stem}{path and '_'}{path}.o")
+            lines += build(objects[-1], "compile", escaped(source.resolve()), flags)
+    return [*lines, *build(escaped(target), "link", " ".join(objects))]
+
+
+def cuda_file(target: Path) -> list[str]:
+    """The ninja file of mlmfast._cuda."""
+    device = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-DUSE_CUDA", *architectures()]
+    device += [flag for flag in FLAGS if flag.startswith("-D")]
+    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "-ccbin", compiler()[0]]
+    command = f"{quoted(nvcc(), *device, *includes())} -MMD -MF $out.d -c $in -o $out"
+    runtime = cuda_folder() / "lib64" / "libcudart_static.a"
+    lines = [*rule("compile", compile_command(), dependencies=True), *rule("nvcc", command, dependencies=True)]
+    # The CUDA half of torch is not linked: beside a CPU build of torch it is not there, and the one that runs the
+    # extension has it loaded.
+    lines += rule("link", linked("-ltorch_cpu", runtime, "-lpthread", "-ldl", "-lrt"))
+    objects = []
+    for source in sorted(Path("csrc/cuda").glob("*.c*")):
+        objects.append(f"{source.stem}.o")
+        lines += build(objects[-1], "nvcc" if source.suffix == ".cu" else "compile", escaped(source.resolve()))
+    return [*lines, *build(escaped(target), "link", " ".join(objects))]
+
+
+def nvcc() -> Path:
+    """CUDA's compiler: of $CUDA_HOME, else of the path, else where it is usually put."""
+    home = os.environ.get("CUDA_HOME", "")
+    found = (
+        [Path(home, "bin", "nvcc")] if home else [Path(shutil.which("nvcc") or ""), Path("/usr/local/cuda/bin/nvcc")]
+    )
+    for path in found:
+        if path.is_file():
+            return path
+    raise MissingTool(f"no nvcc in {home}/bin" if home else "no nvcc: install the CUDA toolkit, or set CUDA_HOME")
+
+
+def cuda_folder() -> Path:
+    """The toolkit that nvcc is of."""
+    for folder in (nvcc().resolve().parent.parent, Path("/usr/local/cuda")):
+        if Path(folder, "lib64", "libcudart_static.a").is_file():
+            return folder
+    raise MissingTool(f"no lib64/libcudart_static.a beside {nvcc()}: install CUDA's runtime library")
+
+
+def architectures() -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, and PTX of the last one for GPUs that come after."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or ["8.0", "9.0a"]
+    flags = []
+    for entry in listed:
+        number = entry.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d{2,3}[af]?", number):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is no compute capability like 8.0 or 9.0a")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    newest = re.sub(r"\D", "", listed[-1])  # PTX of an architecture-specific one runs on that alone
+    return [*flags, "-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+
+
 class BuildWithNinja(build_ext):
-    """Writes a ninja file for csrc/cpu and runs it: flags differ by file, and files compile side by side."""
+    """Writes a ninja file for each extension and runs it: flags differ by file, and files compile side by side."""
 
     extensions: list[setuptools.Extension]
 
     def run(self) -> None:
-        for extension in self.extensions:
+        for extension in list(self.extensions):
             try:
                 self._build(extension)
             except subprocess.CalledProcessError as error:
-                if WISH == "1":
-                    raise SystemExit(f"mlmfast._cpu does not compile: {error}") from error
-                print("mlmfast._cpu does not compile (see above): installed without it, so slower", file=sys.stderr)
-                self.extensions = []  # nothing to copy, nothing to list
+                if wish(extension.name) == "1":
+                    raise SystemExit(f"{extension.name} does not compile: {error}") from error
+                print(
+                    f"{extension.name} does not compile (see above): installed without it, so slower", file=sys.stderr
+                )
+                self.extensions.remove(extension)  # nothing to copy, nothing to list
 
     def _build(self, extension: setuptools.Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        work = Path(self.build_temp, "cpu").resolve()
+        work = Path(self.build_temp, extension.name.rpartition("._")[2]).resolve()
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch, cxx = torch_folder(), compiler()
-        paths = paths_of(cxx)
-        own = {path: [*flags, f"-DMLMFAST_PATH={path}"] for path, flags in paths.items()}
-        have = [f"-DMLMFAST_HAS_{path.upper()}" for path in paths]
-        includes: list[Path | str] = ["-isystem", torch / "include", "-isystem", python_headers()]
-        extra = os.environ.get("CXXFLAGS", "")
-        # Python's own symbols come from the interpreter.
-        shared = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
-        lines = [
-            "rule compile",
-            f"  command = {quoted(*cxx, *FLAGS, *includes)} {extra} $own -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = $out",
-            "rule link",
-            f"  command = {quoted(*cxx, *shared)} $in -o $out {quoted('-L', torch / 'lib', '-ltorch_cpu')}",
-            "  description = $out",
-        ]
-        objects = []
-        for source in sorted(FOLDER.glob("*.cpp")):
-            # kernels.cpp sees neither torch's nor Python's headers, so it may be compiled for any processor.
-            for path, flags in own.items() if source.stem == "kernels" else [("", have)]:
-                name = f"{source.stem}{path and '_'}{path}.o"
-                lines.append(f"build {name}: compile {escaped(source.resolve())}")
-                lines.append(f"  own = {quoted(*flags)}")
-                objects.append(name)
-        lines += [f"build {escaped(target)}: link {' '.join(objects)}", ""]
-        Path(work, "build.ninja").write_text("\n".join(lines))
+        lines = FILES[extension.name](target)
+        Path(work, "build.ninja").write_text("\n".join([*lines, ""]))
         subprocess.run([ninja(), "-C", str(work)], check=True)
 
 
+FILES = {"mlmfast._cpu": cpu_file, "mlmfast._cuda": cuda_file}
+
+
+def wish(name: str) -> str:
+    """Whether an extension is wanted: ``"auto"``, ``"0"`` or ``"1"``."""
+    variable = f"MLMFAST_BUILD_{name.rpartition('_')[2].upper()}"
+    wished = os.environ.get(variable, "auto")
+    if wished not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable}={wished} is none of auto, 0, 1")
+    return wished
+
+
+def check_tools(name: str) -> None:
+    """Raises MissingTool for the first thing that an extension cannot be built without."""
+    if os.name == "nt":
+        raise MissingTool("the extensions are written for GCC and clang")
+    torch_folder(), python_headers(), compiler(), ninja()
+    if name == "mlmfast._cuda":
+        if wish(name) == "auto" and not list(Path(torch_folder(), "lib").glob("libtorch_cuda.*")):
+            raise MissingTool("torch here has no CUDA")
+        nvcc(), cuda_folder(), architectures()
+
+
 def extensions() -> list[setuptools.Extension]:
-    """The extension, or none where it cannot be built: then the package is pure Python, and its wheel says so."""
-    if WISH not in ("auto", "0", "1"):
-        raise SystemExit(f"MLMFAST_BUILD_CPU={WISH} is none of auto, 0, 1")
-    if WISH == "0":
-        return []
-    try:
-        if os.name == "nt":
-            raise MissingTool("the extension is written for GCC and clang")
-        torch_folder(), python_headers(), compiler(), ninja()
-    except MissingTool as error:
-        if WISH == "1":
-            raise SystemExit(f"mlmfast._cpu cannot be built: {error}") from error
-        print(f"mlmfast is installed without its compiled extension, so slower: {error}", file=sys.stderr)
-        return []
-    return [setuptools.Extension("mlmfast._cpu", sources=[], py_limited_api=LIMITED)]
+    """Those that can be built; without any the package is pure Python, and its wheel says so."""
+    found = []
+    for name in FILES:
+        if wish(name) == "0":
+            continue
+        try:
+            check_tools(name)
+        except MissingTool as error:
+            if wish(name) == "1":
+                raise SystemExit(f"{name} cannot be built: {error}") from error
+            print(f"mlmfast is installed without its extension {name}: {error}", file=sys.stderr)
+        else:
+            found.append(setuptools.Extension(name, sources=[], py_limited_api=LIMITED))
+    return found
 
 
-WISH = os.environ.get("MLMFAST_BUILD_CPU", "auto")
 EXTENSIONS = extensions()
 
 setuptools.setup(

@@ -69,6 +69,7 @@ class Backend:
 # Fastest first. The reference takes everything, so a choice always exists; what comes after it serves by name only.
 BACKENDS = (
     Backend("cpu", "mlmfast.cpu", ("cpu",), (torch.float32, torch.bfloat16)),
+    Backend("cuda", "mlmfast.cuda", ("cuda",), (torch.float16, torch.bfloat16)),
     Backend("triton", "mlmfast.kernels", ("cuda",), (torch.float32, torch.float16, torch.bfloat16)),
     Backend("reference", "mlmfast.reference"),
     # The same kernels without a GPU, thousands of times slower: for tests. Its bfloat16 is wrong (it rounds down).

@@ -1,0 +1,58 @@
+"""``disentangled_attention`` in CUDA: csrc/cuda/disentangled_attention.cu, where its kernels fit, else Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlmfast.kernels.disentangled_attention import disentangled_attention as triton_attention
+
+WIDTHS = (32, 64, 128)
+# Queries of a sequence at any places that have a block of threads each; more are better off in Triton's tiles.
+FEW_QUERIES = 16
+# What else than op and dtype decides, for doctor.
+LIMITS = f"heads {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} wide; others go to triton"
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    buckets: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    q_positions: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if q.shape[2] not in WIDTHS or (q_positions is not None and max_seqlen_q > FEW_QUERIES):
+        return triton_attention(
+            q,
+            k,
+            v,
+            pos_key,
+            pos_query,
+            buckets,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            q_positions,
+            scale,
+        )
+    q, k, v = in_pieces(q), in_pieces(k), in_pieces(v)
+    pos_key = None if pos_key is None else in_pieces(pos_key)
+    pos_query = None if pos_query is None else in_pieces(pos_query)
+    q_positions = None if q_positions is None else q_positions.contiguous()
+    return torch.ops.mlmfast_cuda.disentangled_attention(
+        q, k, v, pos_key, pos_query, buckets, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q_positions, scale
+    )
+
+
+def in_pieces(x: Tensor) -> Tensor:
+    """``x [T, H, D]`` itself if every head begins at a multiple of 16 bytes; else a copy whose heads do."""
+    aligned = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,137 @@
+"""The CUDA kernels without a GPU: the same source compiled for the host, where a block's threads take turns.
+
+Fragments, barriers, skewed reads, ring of table rows and softmax are the kernel's own; only the few instructions of
+``csrc/cuda/device.h`` are emulated. What this cannot show: speed, and that the instructions do what is emulated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import bounds, randn
+from torch import Tensor
+
+from mlmfast.reference.disentangled_attention import disentangled_attention as plain
+
+ROOT = Path(__file__).parents[1]
+
+
+class Attention(ctypes.Structure):
+    """``Attention`` of csrc/cuda/disentangled_attention_kernel.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "pos_key", "pos_query", "out")),
+        *((name, ctypes.c_void_p) for name in ("cu_q", "cu_k", "q_positions", "buckets")),
+        *((f"{name}_{of}", ctypes.c_int64) for name in ("q", "k", "v", "out", "key", "query") for of in ("row", "head")),
+        ("reach", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("log2_scale", ctypes.c_float),
+    ]
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    compiler = next(filter(None, map(shutil.which, [*os.environ.get("CXX", "").split()[:1], "g++", "c++"])), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    source = ROOT / "tests/emulated/disentangled_attention.cpp"
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).disentangled_attention
+
+    def call(few: bool, *given: Any) -> Tensor:
+        q, k, v, pos_key, pos_query, buckets, cu_q, cu_k, most, _, places, scale = given
+        out = torch.full_like(q, torch.nan)
+        rows = {"q": q, "k": k, "v": v, "out": out, "key": pos_key, "query": pos_query}
+        strides = {
+            f"{name}_{of}": 0 if x is None else x.stride(axis)
+            for name, x in rows.items()
+            for axis, of in enumerate(("row", "head"))
+        }
+        pointers = {"q": q, "k": k, "v": v, "pos_key": pos_key, "pos_query": pos_query, "out": out}
+        pointers |= {"cu_q": cu_q, "cu_k": cu_k, "q_positions": places, "buckets": buckets}
+        a = Attention(
+            **{name: None if x is None else x.data_ptr() for name, x in pointers.items()},
+            **strides,
+            reach=len(buckets) // 2,
+            width=q.shape[2],
+            log2_scale=scale * 1.4426950408889634,
+        )
+        half = q.dtype == torch.float16
+        assert function(ctypes.byref(a), len(cu_q) - 1, q.shape[1], len(q), most, int(few), int(half)) == 0
+        return out
+
+    return call
+
+
+def arguments(lengths: list[int], width: int, dtype: torch.dtype, terms: str, reach: int, heads: int = 2) -> list[Any]:
+    """Buckets in no order, so that a formula instead of the table, or a swapped sign, shows; rows lie in one product."""
+    together = randn(sum(lengths), 3, heads, width, seed=1).to(dtype)
+    tables = [randn(37, heads, width, seed=seed).to(dtype) for seed in (2, 3)]
+    buckets = torch.randint(0, 37, (2 * reach + 1,), generator=torch.Generator().manual_seed(4)).int()
+    bound = bounds(lengths)
+    return [
+        *together.unbind(1),
+        tables[0] if "c2p" in terms else None,
+        tables[1] if "p2c" in terms else None,
+        buckets,
+        bound,
+        bound,
+        max(lengths),
+        max(lengths),
+        None,
+        (3 * width) ** -0.5,
+    ]
+
+
+def check(found: Tensor, given: list[Any]) -> None:
+    """Within twice the error of plain torch in the dtype, plus 1e-3, of plain torch in float64."""
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
+    right, own = plain(*wide), plain(*given)
+    assert bool(torch.isfinite(found).all())
+    assert (found.double() - right).abs().max() <= 2 * (own.double() - right).abs().max() + 1e-3
+
+
+@pytest.mark.parametrize("terms", ["c2p p2c", "c2p", "p2c", ""])
+@pytest.mark.parametrize("few", [False, True], ids=["blocks", "few"])
+def test_terms(emulated: Callable[..., Tensor], terms: str, few: bool) -> None:
+    given = arguments([70, 3, 64], 64, torch.bfloat16, terms, reach=50)
+    check(emulated(few, *given), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("few", [False, True], ids=["blocks", "few"])
+def test_widths(emulated: Callable[..., Tensor], width: int, dtype: torch.dtype, few: bool) -> None:
+    given = arguments([65, 17], width, dtype, "c2p p2c", reach=20)
+    check(emulated(few, *given), given)
+
+
+@pytest.mark.parametrize("lengths", [[1], [2, 1, 1, 3], [15, 16, 17], [63, 64, 65], [191, 1], [193]], ids=str)
+@pytest.mark.parametrize("few", [False, True], ids=["blocks", "few"])
+def test_lengths(emulated: Callable[..., Tensor], lengths: list[int], few: bool) -> None:
+    given = arguments(lengths, 32, torch.bfloat16, "c2p p2c", reach=150, heads=1)
+    check(emulated(few, *given), given)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 63, 64, 300])
+def test_reach_of_the_bucket_table(emulated: Callable[..., Tensor], reach: int) -> None:
+    given = arguments([130], 32, torch.bfloat16, "c2p p2c", reach=reach, heads=1)
+    check(emulated(False, *given), given)
+
+
+def test_few_queries_at_any_places(emulated: Callable[..., Tensor]) -> None:
+    given = arguments([300, 20, 5], 64, torch.bfloat16, "c2p p2c", reach=100)
+    places = torch.tensor([299, 0, 150, 150, 3, 1])  # the second sequence asks nothing
+    given[0] = randn(6, 2, 64, seed=9).bfloat16()
+    given[6], given[8], given[10] = bounds([4, 0, 2]), 4, places
+    check(emulated(True, *given), given)
