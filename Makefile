@@ -92,6 +92,7 @@ FROM_CHECKOUT = $(PYTHON) benchmarks/from_checkout.py
 gpu-test:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU that torch can use")'
 	$(FROM_CHECKOUT) -m pytest -q -m gpu
+	$(FROM_CHECKOUT) -m pytest -q -m "not gpu" tests/test_kernels.py # compiled by this machine's Triton
 
 # Everything measured on a GPU, within BUDGET seconds, into benchmarks/results/<device>.
 gpu-bench:

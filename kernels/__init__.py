@@ -12,16 +12,18 @@ import torch
 LEAST_CAPABILITY = (8, 0)
 
 
-def missing(op: str) -> str | None:
-    """Why this backend cannot serve an op here; None if it can."""
+def missing(op: str, device: str) -> str | None:
+    """Why this backend cannot serve an op on a device here; None if it can."""
     try:
         import triton
     except ImportError as error:
         return f"triton is not importable ({error}): pip install triton"
-    if triton.knobs.runtime.interpret:
-        return None
-    if not torch.cuda.is_available():
-        return "triton's kernels run without a GPU only with TRITON_INTERPRET=1 in the environment, which is for tests"
+    interpreted = triton.knobs.runtime.interpret
+    if device == "cpu":
+        needed = "triton's kernels run on a CPU only with TRITON_INTERPRET=1 in the environment, which is for tests"
+        return None if interpreted else needed
+    if interpreted:
+        return "TRITON_INTERPRET=1 is in the environment: triton's kernels are interpreted, on a CPU"
     if torch.version.hip is not None:
         return "triton's kernels here were never run on AMD's GPUs"
     capability = torch.cuda.get_device_capability()

@@ -11,6 +11,8 @@ from mlmfast.kernels.launches import Launch, launch
 from mlmfast.kernels.products import product
 from mlmfast.kernels.rows import on_device_of, whole
 
+LOG2_E = 1.4426950408889634
+
 
 @triton.jit(do_not_specialize=["blocks", "reach", "window"])  # they change from batch to batch
 def attention_kernel(
@@ -22,7 +24,7 @@ def attention_kernel(
     cu_seqlens_k,  # int32 [C + 1]
     q_positions,  # int64 [Tq], or None where queries and keys are the same rows
     q_terms,  # [H, Tq, S], what a query adds to the scores of each slot of distances, or None
-    k_terms,  # [H, Tk, S], what a key adds, or None
+    k_terms,  # [H, Tk, S], what a key adds, or None; both scaled, in powers of 2
     slots,  # int32 [2 N + 1], the slot of each distance, or None where slots follow distances
     q_row,
     q_head,
@@ -78,7 +80,7 @@ def attention_kernel(
         there = start + j < keys
         there_d = there[:, None] & (d[None, :] < width)
         key = tl.load(k + head * k_head + k_row0 * k_row + j[:, None] * k_row + d[None, :], mask=there_d, other=0.0)
-        scores = product(query, tl.trans(key), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [M, N]
+        scores = product(query, tl.trans(key), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * log2_scale  # [M, N]
         distances = places[:, None] - (start + j)[None, :]
         seen = there[None, :]
         if q_terms is not None or k_terms is not None:
@@ -96,7 +98,7 @@ def attention_kernel(
                 scores += tl.load(band + (j[None, :] * terms_row + slot), mask=both, other=0.0).to(tl.float32)
         if LOCAL:
             seen = seen & (tl.abs(distances) <= window)
-        scores = tl.where(seen, scores * log2_scale, float("-inf"))
+        scores = tl.where(seen, scores, float("-inf"))
         highest = tl.maximum(greatest, tl.max(scores, 1))
         # A query may see nothing of the first blocks of its window; -inf less -inf is no number.
         base = tl.where(highest == float("-inf"), 0.0, highest)
@@ -165,8 +167,8 @@ def attend(
     """Attention of some heads, with what positions add to the scores, into ``out [Tq, H, D]``.
 
     Args:
-        q_terms, k_terms: ``[H, Tq, S]`` and ``[H, Tk, S]``, contiguous: what is added to a score before it is scaled,
-            by the slot of its distance; None for nothing.
+        q_terms, k_terms: ``[H, Tq, S]`` and ``[H, Tk, S]``: what is added to a scaled score, in powers of 2, by the
+            slot of its distance; None for nothing.
         slots: int32 ``[2 N + 1]``, the slot of each distance from ``-N`` to ``N``, farther ones being those; None where
             the slot of distance ``x`` is ``x + max_seqlen_k - 1``.
     """
@@ -203,7 +205,7 @@ def attend(
             blocks,
             width,
             max_seqlen_k - 1 if slots is None else len(slots) // 2,
-            scale * 1.4426950408889634,
+            scale * LOG2_E,
             min(local_window, 1 << 30),
             LOCAL=local_window >= 0,
             BLOCK_D=block_width(width),
@@ -225,6 +227,6 @@ def attention(
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
-        bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, whole(q_positions))
+        bounds = (whole(cu_seqlens_q), whole(cu_seqlens_k), max_seqlen_q, max_seqlen_k, whole(q_positions))
         attend(whole(q), whole(k), whole(v), out, *bounds, scale, local_window)
     return out

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlmfast.kernels.attention import attend, block_width
+from mlmfast.kernels.attention import LOG2_E, attend, block_width
 from mlmfast.kernels.launches import Launch, launch
 from mlmfast.kernels.products import product
 from mlmfast.kernels.rows import on_device_of, whole
@@ -38,6 +38,7 @@ def band_kernel(
     table_head,
     out_row,  # strides, in numbers
     width,  # D
+    log2_scale,  # of scores, in powers of 2
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,7 +62,7 @@ def band_kernel(
     band = product(row, tl.trans(position), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     tl.store(
         out + (head * tokens + t[:, None]) * out_row + s[None, :],
-        band.to(out.dtype.element_ty),
+        (band * log2_scale).to(out.dtype.element_ty),  # float16 could not hold them unscaled
         mask=(t[:, None] < tokens) & (s[None, :] < slots),
     )
 
@@ -72,8 +73,8 @@ def usual_band_launch(dtype: torch.dtype, width: int) -> Launch:
     return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 8 if width > 64 else 4, "num_stages": 1}
 
 
-def band(rows: Tensor, table: Tensor, table_rows: Tensor | None) -> Tensor:
-    """``out[h, t, s] = rows[t, h] . table[table_rows[s], h]``.
+def band(rows: Tensor, table: Tensor, table_rows: Tensor | None, scale: float) -> Tensor:
+    """``out[h, t, s] = rows[t, h] . table[table_rows[s], h] * scale * log2(e)``, what attention adds in powers of 2.
 
     Args:
         rows: ``[T, H, D]``.
@@ -102,6 +103,7 @@ def band(rows: Tensor, table: Tensor, table_rows: Tensor | None) -> Tensor:
             table.stride(1),
             out.stride(1),
             width,
+            scale * LOG2_E,
             BLOCK_D=block_width(width),
             **tiles,
         )
@@ -124,13 +126,16 @@ def disentangled_attention(
 ) -> Tensor:
     q, k, v, pos_key, pos_query = whole(q), whole(k), whole(v), whole(pos_key), whole(pos_query)
     q_positions, buckets = whole(q_positions), whole(buckets)
+    cu_seqlens_q, cu_seqlens_k = whole(cu_seqlens_q), whole(cu_seqlens_k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q) == 0:
         return out
     tables = [table for table in (pos_key, pos_query) if table is not None]
     slots: Tensor | None = buckets
     table_rows, reach = None, len(buckets) // 2
-    width = min((len(table) for table in tables), default=0)
+    if len({len(table) for table in tables}) > 1:
+        raise ValueError("disentangled_attention: pos_key and pos_query must have as many rows")
+    width = len(tables[0]) if tables else 0
     if 2 * max_seqlen_k - 1 <= width:
         distances = torch.arange(1 - max_seqlen_k, max_seqlen_k, device=q.device)
         slots, table_rows = None, buckets[distances.clamp(-reach, reach) + reach]
@@ -152,8 +157,8 @@ def disentangled_attention(
             max_seqlen_k,
             q_positions,
             scale,
-            q_terms=None if pos_key is None else band(q[:, some], pos_key[:, some], table_rows),
-            k_terms=None if pos_query is None else band(k[:, some], pos_query[:, some], table_rows),
+            q_terms=None if pos_key is None else band(q[:, some], pos_key[:, some], table_rows, scale),
+            k_terms=None if pos_query is None else band(k[:, some], pos_query[:, some], table_rows, scale),
             slots=slots,
         )
     return out

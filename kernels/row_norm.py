@@ -12,8 +12,11 @@ from mlmfast.kernels.launches import COMPILED, Launch
 def layer_norm(row, columns, width, weight, bias, eps):
     """LayerNorm of the float32 ``row [BLOCK]``, whose numbers past ``width`` are 0; ``bias`` may be None."""
     inside = columns < width
-    centred = tl.where(inside, row - tl.sum(row) / width, 0.0)
-    row = centred / tl.sqrt(tl.sum(centred * centred) / width + eps)
+    # Rounded as IEEE has it: the GPU's own division and root are not, and a LayerNorm follows a LayerNorm.
+    count = tl.zeros((), tl.float32) + width
+    centred = tl.where(inside, row - tl.div_rn(tl.sum(row), count), 0.0)
+    deviation = tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred), count) + eps)
+    row = centred * tl.div_rn(tl.full((), 1.0, tl.float32), deviation)
     row *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         row += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)

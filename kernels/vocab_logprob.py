@@ -148,7 +148,8 @@ def vocab_logprob(
     # Targets by row, so that a program finds those of its rows without a search.
     by_row, order = torch.sort(target_rows, stable=True)
     starts = torch.searchsorted(by_row, torch.arange(product.rows + 1, device=device))
-    found = torch.empty(len(targets), **floats)  # type: ignore[call-overload]
+    # A target that is no token is found in no tile, and must not pass for a number.
+    found = torch.full((len(targets),), torch.nan, **floats)  # type: ignore[call-overload]
     greatest, total, *rest = product.empty_parts(3 if entropies else 2)
     spread = rest[0] if entropies else None
     columns = triton.cdiv(product.tile_columns, PARTS)

@@ -73,7 +73,7 @@ def log_softmax_kernel(
 
 def vocab_rows(hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
     product = Product.of(hidden, vocabulary, bias, temperature)
-    out = torch.empty(product.rows, product.tokens, device=hidden.device)
+    out = torch.empty(product.rows, product.tokens, dtype=torch.float32, device=hidden.device)
     if product.rows:
         with on_device_of(hidden):
             vocab_rows_kernel[product.grid[0], product.tile_columns](out, *product.arguments(), **product.tiles)

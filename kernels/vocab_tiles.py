@@ -151,13 +151,13 @@ class Product:
 
     def empty_parts(self, count: int) -> list[Tensor]:
         """float32 ``[R, PARTS]`` each."""
-        return [torch.empty(self.rows, PARTS, device=self.hidden.device) for _ in range(count)]
+        return [torch.empty(self.rows, PARTS, dtype=torch.float32, device=self.hidden.device) for _ in range(count)]
 
 
 def log_partition(greatest: Tensor, total: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Adds up the parts: each row's greatest logit, the logarithm of its sum relative to that, its entropy; ``[R]``."""
     rows = len(greatest)
-    peak, log_total = (torch.empty(rows, device=greatest.device) for _ in range(2))
+    peak, log_total = (torch.empty_like(greatest[:, 0]) for _ in range(2))
     entropy = None if spread is None else torch.empty_like(peak)
     with on_device_of(greatest):
         log_partition_kernel[(triton.cdiv(rows, 16),)](

@@ -22,7 +22,7 @@ def vocab_topk_kernel(
     greatest,  # [R, PARTS]
     total,  # [R, PARTS]
     values,  # [R, tiles, K], the best logits of each tile
-    ids,  # int32 [R, tiles, K]
+    ids,  # int32 [R, tiles, K], V where a tile has no more
     hidden,
     vocabulary,
     bias,
@@ -65,11 +65,16 @@ def vocab_topk_kernel(
             )
             top, sums, _ = with_tile(logits, top, sums, sums, False)
             place = (r * tiles + tile) * k
+            j = tl.arange(0, BLOCK_N)[None, :]
+            left = tile * BLOCK_N + j < tokens
             for i in range(k):
-                best, at = tl.max(logits, 1, return_indices=True)  # the first of equals
-                tl.store(values + place + i, best, mask=here)
-                tl.store(ids + place + i, tile * BLOCK_N + at, mask=here)
-                logits = tl.where(tl.arange(0, BLOCK_N)[None, :] == at[:, None], float("-inf"), logits)
+                # Of what is left the best, the first of equals; also where all that is left is -inf.
+                best = tl.max(tl.where(left, logits, float("-inf")), 1)
+                at = tl.min(tl.where(left & (logits == best[:, None]), j, BLOCK_N), 1)
+                found = at < BLOCK_N
+                tl.store(values + place + i, tl.where(found, best, float("-inf")), mask=here)
+                tl.store(ids + place + i, tl.where(found, tile * BLOCK_N + at, tokens), mask=here)
+                left = left & (j != at[:, None])
     tl.store(greatest + r * PARTS + part, top, mask=here)
     tl.store(total + r * PARTS + part, sums, mask=here)
 
@@ -77,7 +82,7 @@ def vocab_topk_kernel(
 def vocab_topk(
     hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, k: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    logprobs = torch.empty(len(hidden), k, device=hidden.device)
+    logprobs = torch.empty(len(hidden), k, dtype=torch.float32, device=hidden.device)
     ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
     if not logprobs.numel():
         return logprobs, ids
@@ -96,7 +101,7 @@ def vocab_topk(
 def _best_of_tiles(product: Product, k: int) -> tuple[Tensor, Tensor]:
     greatest, total = product.empty_parts(2)
     shape = (product.rows, product.tile_columns * k)
-    values = torch.empty(shape, device=greatest.device)
+    values = torch.empty(shape, dtype=torch.float32, device=greatest.device)
     ids = torch.empty(shape, dtype=torch.int32, device=greatest.device)
     with on_device_of(greatest):
         vocab_topk_kernel[product.grid](
@@ -111,5 +116,7 @@ def _best_of_tiles(product: Product, k: int) -> tuple[Tensor, Tensor]:
             **product.tiles,
         )
     peak, log_total, _ = log_partition(greatest, total, None)
-    best, at = values.topk(k)
-    return best - peak[:, None] - log_total[:, None], ids.gather(1, at).long()
+    # A token of logit -inf still comes before none at all.
+    order = values.clamp(min=torch.finfo(torch.float32).min).masked_fill_(ids == product.tokens, -torch.inf)
+    at = order.topk(k).indices
+    return values.gather(1, at) - peak[:, None] - log_total[:, None], ids.gather(1, at).long()

@@ -3,7 +3,7 @@
 An op has one name everywhere: ``mlmfast.ops.<op>`` holds its schema, and a backend that serves it has a module
 ``<package>.<op>`` with a function ``<op>`` of the same signature. A backend is chosen by the device and dtype of an
 op's first floating-point tensor, in the order of :data:`BACKENDS`, unless :func:`forced` names one. A backend's package
-may have a function ``missing(op)`` that says why it cannot serve an op on this machine, or None.
+may have a function ``missing(op, device)`` that says why it cannot serve an op on this machine, or None.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Backend:
         if found is None:
             return f"{self.name} has no {op} in this version"
         missing = getattr(importlib.import_module(self.package), "missing", None)
-        return None if missing is None else missing(op)
+        return None if missing is None else missing(op, device)
 
 
 # Fastest first. The reference takes everything, so a choice always exists; what comes after it serves by name only.

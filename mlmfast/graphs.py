@@ -153,6 +153,8 @@ class Graphs:
         del self._seen[key]
         try:
             recording = self._record(spec, mask_token_id, device, batch)
+        except torch.OutOfMemoryError:  # there may be more another time
+            return None
         except Exception as error:  # whatever it is, the plain pass either works or says so itself
             self._refused.add(key)
             if not self._warned:

@@ -144,7 +144,7 @@ def lms(
         # room for the planted fusion of two texts
         "bert": mlmfast.load(checkpoints.small_bert(len(bert_tokenizer), max_position_embeddings=120), bert_tokenizer),
         "deberta": mlmfast.load(checkpoints.small_deberta(len(deberta_tokenizer)), deberta_tokenizer),
-        "deberta, all of it": mlmfast.load(folder, semantics="trained"),
+        "deberta, all of it": mlmfast.load(folder, semantics="trained", device="cpu"),
     }
 
 

@@ -15,7 +15,9 @@ from truth import ALL_METRICS, assert_equals_the_loop, assert_near, forward_of
 
 import mlmfast
 from mlmfast import backends, execution
+from mlmfast.budget import row_bytes
 from mlmfast.encoder import encode
+from mlmfast.packing import pack
 
 pytestmark = pytest.mark.gpu
 
@@ -44,6 +46,7 @@ def tokenizers(
     return {"bert": bert_tokenizer, "roberta": roberta_tokenizer, "deberta": deberta_tokenizer}
 
 
+LITTLE = 24 << 20
 FAMILIES = ["bert", "roberta", "deberta", "deberta with convolution"]
 
 
@@ -120,7 +123,10 @@ def test_a_batch_that_does_not_fit_is_halved(
 ) -> None:
     model, tokenizer = of_family("bert", tokenizers)
     lm = mlmfast.load(model.cuda(), tokenizer, batch_tokens=1 << 20)
-    texts = [" ".join([TEXTS[i % len(TEXTS)]] * 2) for i in range(600)]
+    # Distinct texts of some tokens each: identical copies would be computed once.
+    words = [word for text in TEXTS for word in text.split()]
+    texts = [" ".join(words[(i * 7 + j * (1 + i // len(words))) % len(words)] for j in range(6)) for i in range(2000)]
+    assert pack(lm.plan(texts), 1 << 20)[0].tokens * row_bytes(lm.spec()) > 2 * LITTLE
     wanted = [score.total for score in lm.score(texts)]
     sizes: list[int] = []
 
@@ -129,7 +135,7 @@ def test_a_batch_that_does_not_fit_is_halved(
         return encode(spec, batch, mask_token_id)
 
     monkeypatch.setattr(execution, "encode", counting)
-    with little_memory(24 << 20):
+    with little_memory(LITTLE):
         found = [score.total for score in lm.score(texts)]
     assert_near(np.array(found), np.array(wanted), 1e-5)
     assert len(sizes) > 2 and min(sizes) <= max(sizes) // 2

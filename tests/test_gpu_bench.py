@@ -87,7 +87,7 @@ def test_the_whole_script_on_toy_shapes(gpu: ModuleType, tmp_path: Path) -> None
     assert all(row["ratio"] > 0 and row["copies"] == {9: 32, 70: 4}[row["length"]] for row in result["rows"])
     assert all(check["agrees"] for check in result["checks"])
     named = {"disentangled_attention", "attention", "linear", "add_layer_norm", "masked_embedding"}
-    named |= {"vocab_logprob", "vocab_topk"}
+    named |= {"vocab_logprob", "vocab_topk", "rotary"}
     assert {check["op"] for check in result["checks"]} == {row["op"] for row in result["ops"]} == named
     assert {row["backend"] for row in result["ops"]} == {"cpu", "reference"}
     table = (folder / "gpu.md").read_text()
@@ -106,6 +106,7 @@ def test_the_whole_script_on_a_gpu(gpu: ModuleType, tmp_path: Path) -> None:
     assert result["finished"]
     assert result["header"]["device"]["name"] == torch.cuda.get_device_name()
     assert not result["failed"]
+    assert result["checks"] and all(row["agrees"] for row in [*result["checks"], *result["ops"]])
     assert all(row["ratio"] > 0 for row in result["rows"] if row["dtype"] == "float32")
     references = [row for row in result["ops"] if row["backend"] == "reference"]
     assert {row["timed_by"] for row in references} == {"graph", "events"}

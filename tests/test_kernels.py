@@ -26,6 +26,8 @@ from mlmfast import kernels
 from mlmfast.kernels import disentangled_attention as banded
 from mlmfast.kernels import launches, vocab_topk
 from mlmfast.kernels.add_layer_norm import add_layer_norm
+from mlmfast.kernels.vocab_logprob import vocab_logprob
+from mlmfast.kernels.vocab_rows import vocab_rows
 from mlmfast.reference.disentangled_attention import disentangled_attention as plain_disentangled
 from mlmfast.reference.vocab_topk import vocab_topk as plain_topk
 
@@ -33,6 +35,8 @@ ROOT = Path(__file__).parents[1]
 CAPABILITIES = (80, 90, 100)
 TRITON = next(b for b in BACKENDS if b.name in ("triton", "interpreter"))
 CPU = torch.device("cpu")
+# What runs kernels runs them on the GPU if there is one, and is among the tests that need it.
+on_gpu = pytest.mark.gpu if TRITON.device == "cuda" else pytest.mark.skipif(False, reason="interpreted")
 
 
 def script(name: str) -> ModuleType:
@@ -51,8 +55,15 @@ def script(name: str) -> ModuleType:
 def start(*arguments: str, code: str | None = None) -> subprocess.Popen[str]:
     """benchmarks/resources.py in a process of its own: in this one the kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *(["-c", code] if code else [str(ROOT / "benchmarks/resources.py")]), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    # The checkout itself, whatever is installed.
+    begin = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import from_checkout as c; c.use_checkout()"
+    script = (
+        ["-c", f"{begin}\n{code}"] if code else [str(ROOT / "benchmarks/from_checkout.py"), "benchmarks/resources.py"]
+    )
+    command = [sys.executable, *script, *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +106,6 @@ def test_float16_compiles_without_spills() -> None:
 )
 def test_faults_are_found(plant: str, dtype: str, fault: str) -> None:
     code = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 import resources
 from mlmfast.kernels import attention
 from mlmfast.kernels.products import product
@@ -115,9 +124,7 @@ resources.main()
 
 def test_batches_of_other_sizes_are_not_compiled_for_anew() -> None:
     """Counts, lengths and rows change with every batch; a compilation takes seconds."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+    code = """
 import resources, torch
 from functools import partial
 floats, ids = partial(resources.numbers, dtype=torch.float32), partial(resources.numbers, dtype=torch.int64)
@@ -212,7 +219,8 @@ def test_tuning_keeps_the_fastest_that_is_right(configs: Path, monkeypatch: pyte
 
     case = tune.Case("band", launches.case(torch.float32, 64), slow, call, lambda: torch.ones(3), [fast, wrong])
     seconds = {16: 3.0, 32: 2.0, 64: 1.0}
-    monkeypatch.setattr(tune, "milliseconds", lambda _: seconds[chosen()])
+    monkeypatch.setattr(tune, "repeated", lambda _: chosen())  # as launched now, whenever it runs
+    monkeypatch.setattr(tune, "milliseconds", seconds.get)
     assert tune.tuned(case, CPU) == (fast, 1.5)
     seconds[32] = 2.99
     assert tune.tuned(case, CPU) == (None, 1.0)
@@ -227,17 +235,20 @@ def test_tuning_keeps_the_fastest_that_is_right(configs: Path, monkeypatch: pyte
 def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "TRITON_INTERPRET=1" in str(kernels.missing("attention"))
+    assert "TRITON_INTERPRET=1" in str(kernels.missing("attention", "cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "capability 8.0 or newer, and this GPU has 7.5" in str(kernels.missing("attention"))
+    assert "capability 8.0 or newer, and this GPU has 7.5" in str(kernels.missing("attention", "cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert kernels.missing("attention") is None
+    assert kernels.missing("attention", "cuda") is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreted" in str(kernels.missing("attention", "cuda"))
+    assert kernels.missing("attention", "cpu") is None
 
 
 def test_triton_is_the_first_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "missing", lambda op: None)
+    monkeypatch.setattr(kernels, "missing", lambda op, device: None)
     backends.choose.cache_clear()
     try:
         for op in backends.OPS:
@@ -254,6 +265,7 @@ def test_triton_is_the_first_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 # ---- what the op tests' small shapes do not reach
 
 
+@on_gpu
 def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands larger than may be held at once: some heads after others, down to one."""
     lengths, heads, width = [20, 5], 5, 8
@@ -278,6 +290,7 @@ def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         assert groups == expected
 
 
+@on_gpu
 def test_topk_in_chunks_and_many(monkeypatch: pytest.MonkeyPatch) -> None:
     given = moved((randn(7, 8, seed=1), randn(300, 8, seed=2), randn(300, seed=3)), TRITON, torch.float32)
     for candidates, k in ((1 << 23, 3), (40, 3), (1 << 23, 100), (700, 100), (1 << 23, 300)):
@@ -287,6 +300,76 @@ def test_topk_in_chunks_and_many(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(got[1], right[1])
 
 
+@on_gpu
+def test_fewer_tokens_that_can_be_than_are_wanted() -> None:
+    """Forbidden tokens, logit -inf, come after the others, each once."""
+    hidden, words = (x.to(TRITON.device).float() for x in (randn(2, 8, seed=1), randn(70, 8, seed=2)))
+    bias = torch.full((70,), -torch.inf, device=TRITON.device)
+    bias[[5, 66, 12]] = 0
+    logprobs, ids = vocab_topk.vocab_topk(hidden, words, bias, 6)
+    right, _ = plain_topk(hidden, words, bias, 6)
+    torch.testing.assert_close(logprobs, right, rtol=0, atol=1e-5)
+    for row in ids.tolist():
+        assert len(set(row)) == 6 and set(row[:3]) == {5, 66, 12} and all(0 <= token < 70 for token in row)
+
+
+@on_gpu
+def test_a_target_that_is_no_token_is_not_a_number() -> None:
+    hidden, words = (x.to(TRITON.device).float() for x in (randn(2, 8, seed=1), randn(70, 8, seed=2)))
+    targets, rows = (torch.tensor(x, device=TRITON.device) for x in ([70, -1, 3], [0, 0, 1]))
+    logprobs = vocab_logprob(hidden, words, None, targets, rows)[0]
+    assert logprobs.isnan().tolist() == [True, True, False]
+
+
+@on_gpu
+def test_the_best_token_has_rank_one() -> None:
+    """The second product equals the first to the last bit, so that a target is not above itself."""
+    hidden, words = (x.to(TRITON.device).float() for x in (randn(40, 24, seed=1), randn(900, 24, seed=2)))
+    best = (hidden @ words.T).argmax(1)
+    ranks = vocab_logprob(hidden, words, None, best, torch.arange(40, device=TRITON.device), ranks=True)[1]
+    assert ranks.tolist() == [1] * 40
+
+
+@on_gpu
+def test_results_are_float32_whatever_torch_makes_by_default() -> None:
+    given = [x.to(TRITON.device).float() for x in (randn(3, 8, seed=1), randn(70, 8, seed=2))]
+    targets = torch.arange(3, device=TRITON.device)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = vocab_logprob(*given, None, targets, targets, entropies=True)[::2]
+        found += (vocab_topk.vocab_topk(*given, None, 3)[0], vocab_rows(*given, None))
+    finally:
+        torch.set_default_dtype(before)
+    assert {x.dtype for x in found} == {torch.float32}
+    torch.testing.assert_close(found[3], (given[0] @ given[1].T).log_softmax(1), rtol=0, atol=1e-5)
+
+
+@on_gpu
+def test_bands_beyond_float16() -> None:
+    """Unscaled, what a position adds may be more than float16 holds."""
+    lengths = [20, 5]
+    q, k, v = (randn(25, 2, 16, seed=seed) for seed in range(3))
+    tables = randn(25, 2, 16, seed=4) * 2000
+    buckets = torch.arange(-30, 31).clamp(-12, 12).add(12).int()
+    shared = (buckets, bounds(lengths), bounds(lengths), 20, 20, None, 1e-3)
+    given = moved((q * 40, k, v, tables, None, *shared), TRITON, torch.float16)
+    assert (given[0].float().amax() * given[3].float().amax()) > 65504
+    with serving(TRITON):
+        found = banded.disentangled_attention(*given)
+    right = plain_disentangled(*(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given))
+    torch.testing.assert_close(found.double(), right, rtol=0, atol=0.05)
+
+
+def test_tables_of_different_lengths_are_refused() -> None:
+    given = [randn(5, 2, 16).float() for _ in range(3)]
+    tables = [randn(rows, 2, 16).float() for rows in (25, 40)]
+    shared = (torch.zeros(61, dtype=torch.int32), bounds([5]), bounds([5]), 5, 5, None, 0.3)
+    with pytest.raises(ValueError, match="as many rows"):
+        banded.disentangled_attention(*given, *tables, *shared)
+
+
+@on_gpu
 def test_an_empty_launch_is_none() -> None:
     """A grid of no programs is an error on a GPU."""
     empty = torch.empty(0, 8, device=TRITON.device)

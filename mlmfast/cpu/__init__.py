@@ -48,7 +48,7 @@ def _outdated() -> str | None:
 _problem = _load("mlmfast._cpu") or _outdated()
 
 
-def missing(op: str) -> str | None:
+def missing(op: str, device: str = "cpu") -> str | None:
     """Why this backend cannot serve an op here, what that costs and the remedy; None if it can."""
     return None if op in WITHOUT_EXTENSION else extension_missing()
 
