@@ -136,10 +136,6 @@ MLMFAST_DEVICE void attend_block(const Attention& a, int sequence, int head, int
   const T* const pos_query = static_cast<const T*>(a.pos_query) + (a.pos_query ? head * a.query_head : 0);
 
   bring_rows<D>(query_tile, static_cast<const T*>(a.q) + q_begin * a.q_row + head * a.q_head, a.q_row, first_query, queries);
-  arrived();
-  sync_block();
-  uint32_t query[D / 16][4];
-  left_operand<D>(query, query_tile + r0 * L::ROW);
 
   float mixed[D / 8][4] = {};
   float greatest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};  // of rows g and g + 8
@@ -158,6 +154,8 @@ MLMFAST_DEVICE void attend_block(const Attention& a, int sequence, int head, int
     sync_block();
 
     float scores[SIDE / 8][4] = {};
+    uint32_t query[D / 16][4];  // anew for each block of keys: kept, it would take the registers of the rest
+    left_operand<D>(query, query_tile + r0 * L::ROW);
 #pragma unroll
     for (int n = 0; n < SIDE / 8; ++n) multiply_rows<D>(scores[n], query, key_tile + 8 * n * L::ROW);
 

@@ -39,6 +39,6 @@ def _load(name: str) -> str | None:
 _problem = _load("mlmfast._cuda")
 
 
-def missing(op: str) -> str | None:
+def missing(op: str, device: str) -> str | None:
     """Why this backend cannot serve an op here and the remedy; None if it can."""
     return None if _problem is None else f"cuda's compiled extension {_problem}; {REMEDY}"
