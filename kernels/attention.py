@@ -144,7 +144,7 @@ def usual_banded_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
     if tiles["BLOCK_M"] == 16:
         tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 32)
     if dtype == torch.float32:
-        return tiles | {"num_stages": 1 if width <= 64 else 2}
+        return tiles | {"num_stages": 1 if width <= 32 else 2}
     return tiles | {"num_warps": 8 if tiles["BLOCK_M"] * max(tiles["BLOCK_N"], width) >= 32 * 128 else 4}
 
 

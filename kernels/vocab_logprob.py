@@ -65,7 +65,7 @@ def vocab_logprob_kernel(
             top, sums, spreads = with_tile(logits, top, sums, spreads, ENTROPIES)
             for i in range(most):
                 target = tl.load(targets + begin + i, mask=here & (i < count), other=-1)
-                mine = (target >= tile * BLOCK_N) & (target < (tile + 1) * BLOCK_N)
+                mine = (target >= tile * BLOCK_N) & (target < tl.minimum((tile + 1) * BLOCK_N, tokens))
                 if tl.max(mine.to(tl.int32)) > 0:
                     logit = tl.sum(
                         tl.where(target[:, None] - tile * BLOCK_N == tl.arange(0, BLOCK_N)[None, :], logits, 0.0), 1

@@ -66,7 +66,7 @@ def vocab_topk_kernel(
             top, sums, _ = with_tile(logits, top, sums, sums, False)
             place = (r * tiles + tile) * k
             j = tl.arange(0, BLOCK_N)[None, :]
-            left = tile * BLOCK_N + j < tokens
+            left = tl.broadcast_to(tile * BLOCK_N + j < tokens, [BLOCK_M, BLOCK_N])
             for i in range(k):
                 # Of what is left the best, the first of equals; also where all that is left is -inf.
                 best = tl.max(tl.where(left, logits, float("-inf")), 1)
