@@ -3,8 +3,8 @@
     MLMFAST_BUILD_CUDA=1 python setup.py build_ext --inplace
     python benchmarks/cuda_resources.py mlmfast/_cuda.abi3.so --output benchmarks/results/cuda_resources
 
-Reads the compiled extension with cuobjdump; no GPU is needed. Exit status 1: a kernel spills registers, or one whose name
-says that it works in blocks multiplies without tensor cores.
+Reads the compiled extension with cuobjdump; no GPU is needed. Exit status 1: a kernel spills registers, or one whose
+name says that it works in blocks multiplies without tensor cores.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def faults(usage: Usage) -> list[str]:
 
 
 def table(found: list[Usage]) -> str:
-    lines = ["# What the CUDA kernels take", "", "Compiled by nvcc, not run. Stack is where spilled registers would go."]
+    lines = [
+        "# What the CUDA kernels take",
+        "",
+        "Compiled by nvcc, not run. Stack is where spilled registers would go.",
+    ]
     lines += ["", "| kernel | architecture | registers | stack | static shared memory | HMMA |"]
     lines += ["|---|---|---:|---:|---:|---:|"]
     lines += [f"| `{u.kernel}` | {' | '.join(str(value) for value in list(asdict(u).values())[1:])} |" for u in found]

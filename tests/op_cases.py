@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlmfast import backends, cpu
+from mlmfast import backends, cpu, cuda
 from mlmfast.errors import BackendError
 
 
@@ -45,6 +45,7 @@ BACKENDS = [
     Backend("reference", "cpu"),
     Backend("cpu", "cpu", (torch.float32, torch.bfloat16)),  # with the best instructions of this machine
     *(Backend("cpu", "cpu", (torch.float32, torch.bfloat16), lesser) for lesser in lesser_instructions()),
+    *([Backend("cuda", "cuda", (torch.bfloat16, torch.float16))] if cuda.missing("", "cuda") is None else []),
     Backend("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16))
     if torch.cuda.is_available()
     else Backend("interpreter", "cpu", (torch.float32, torch.float16)),

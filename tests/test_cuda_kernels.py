@@ -7,9 +7,11 @@ Fragments, barriers, skewed reads, ring of table rows and softmax are the kernel
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,11 @@ class Attention(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "pos_key", "pos_query", "out")),
         *((name, ctypes.c_void_p) for name in ("cu_q", "cu_k", "q_positions", "buckets")),
-        *((f"{name}_{of}", ctypes.c_int64) for name in ("q", "k", "v", "out", "key", "query") for of in ("row", "head")),
+        *(
+            (f"{name}_{of}", ctypes.c_int64)
+            for name in ("q", "k", "v", "out", "key", "query")
+            for of in ("row", "head")
+        ),
         ("reach", ctypes.c_int32),
         ("width", ctypes.c_int32),
         ("log2_scale", ctypes.c_float),
@@ -74,7 +80,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
 
 
 def arguments(lengths: list[int], width: int, dtype: torch.dtype, terms: str, reach: int, heads: int = 2) -> list[Any]:
-    """Buckets in no order, so that a formula instead of the table, or a swapped sign, shows; rows lie in one product."""
+    """Buckets in no order, so that a formula for the table, or a swapped sign, shows; rows lie in one product."""
     together = randn(sum(lengths), 3, heads, width, seed=1).to(dtype)
     tables = [randn(37, heads, width, seed=seed).to(dtype) for seed in (2, 3)]
     buckets = torch.randint(0, 37, (2 * reach + 1,), generator=torch.Generator().manual_seed(4)).int()
@@ -135,3 +141,70 @@ def test_few_queries_at_any_places(emulated: Callable[..., Tensor]) -> None:
     given[0] = randn(6, 2, 64, seed=9).bfloat16()
     given[6], given[8], given[10] = bounds([4, 0, 2]), 4, places
     check(emulated(True, *given), given)
+
+
+# ---- compiled for GPUs
+
+
+def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The CUDA extension alone, into a folder."""
+    environment = os.environ | {"MLMFAST_BUILD_CPU": "0", "MLMFAST_BUILD_CUDA": "1"} | variables
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        str(folder),
+        "--build-temp",
+        str(folder / "work"),
+    ]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_extension_compiles_without_spills(tmp_path: Path) -> None:
+    """For both kinds of GPU, beside any torch, with tensor-core instructions where products are."""
+    if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").is_file():
+        pytest.skip("no nvcc")
+    pytest.importorskip("triton", reason="cuobjdump comes with it")
+    done = build(tmp_path, TORCH_CUDA_ARCH_LIST="8.0;9.0a")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (library,) = (tmp_path / "mlmfast").glob("_cuda*.so")
+    assert library.name == "_cuda.abi3.so" or not hasattr(sys, "_is_gil_enabled")
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/cuda_resources.py"),
+        str(library),
+        "--output",
+        str(tmp_path / "found"),
+    ]
+    read = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {entry["architecture"] for entry in found} == {"sm_80", "sm_90a"}
+    blocks = [entry for entry in found if entry["kernel"].startswith("attend_blocks")]
+    assert len(blocks) == 12 and all(entry["tensor_core"] > 0 for entry in blocks)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CUDA_HOME": "/nowhere"}, "mlmfast._cuda cannot be built: no nvcc in /nowhere/bin"),
+        ({"MLMFAST_BUILD_CUDA": "2"}, "MLMFAST_BUILD_CUDA=2 is none of auto, 0, 1"),
+        ({"TORCH_CUDA_ARCH_LIST": "hopper"}, "'hopper' is no compute capability"),
+    ],
+    ids=["no nvcc", "no such wish", "no such GPU"],
+)
+def test_what_cannot_be_built_is_an_error(tmp_path: Path, variables: dict[str, str], message: str) -> None:
+    if "TORCH_CUDA_ARCH_LIST" in variables and shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    done = build(tmp_path, **variables)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here")
+def test_beside_a_torch_without_cuda_none_is_built(tmp_path: Path) -> None:
+    done = build(tmp_path, MLMFAST_BUILD_CUDA="auto")
+    assert done.returncode == 0
+    assert "without its extension mlmfast._cuda: torch here has no CUDA" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -17,7 +17,7 @@ import torch
 from op_cases import BACKENDS, bounds, moved, randn, serving
 from torch import Tensor
 
-from mlmfast import backends
+from mlmfast import backends, cuda
 from mlmfast.errors import BackendError
 from mlmfast.model import MaskedLM
 
@@ -247,8 +247,23 @@ def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.missing("attention", "cpu") is None
 
 
+def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "missing", lambda op, device: None)
+    for problem, chosen in ((None, "cuda"), ("needs a GPU", "triton")):
+        monkeypatch.setattr(cuda, "_problem", problem)
+        backends.choose.cache_clear()
+        service = backends.choose("disentangled_attention", "cuda", torch.bfloat16)
+        assert service.backend == chosen
+        assert ("MLMFAST_BUILD_CUDA=1" in service.reason) is (problem is not None)
+        wide = backends.choose("disentangled_attention", "cuda", torch.float32)
+        assert wide.backend == "triton" and "float16 and bfloat16, not float32" in wide.reason
+        assert "cuda has no attention" in backends.choose("attention", "cuda", torch.bfloat16).reason
+    backends.choose.cache_clear()
+
+
 def test_triton_is_the_first_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "missing", lambda op, device: None)
+    monkeypatch.setattr(cuda, "_problem", "is not installed")
     backends.choose.cache_clear()
     try:
         for op in backends.OPS:
