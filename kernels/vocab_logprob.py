@@ -140,16 +140,15 @@ def vocab_logprob(
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = hidden.device
-    floats = {"dtype": torch.float32, "device": device}
+    nothing = torch.empty(0, dtype=torch.float32, device=device)
     if len(hidden) == 0 or (len(targets) == 0 and not entropies):
-        nothing = torch.empty(0, **floats)  # type: ignore[call-overload]
         return nothing, torch.empty(0, dtype=torch.int64, device=device), nothing.clone()
     product = Product.of(hidden, vocabulary, bias, temperature)
     # Targets by row, so that a program finds those of its rows without a search.
     by_row, order = torch.sort(target_rows, stable=True)
     starts = torch.searchsorted(by_row, torch.arange(product.rows + 1, device=device))
     # A target that is no token is found in no tile, and must not pass for a number.
-    found = torch.full((len(targets),), torch.nan, **floats)  # type: ignore[call-overload]
+    found = torch.full((len(targets),), torch.nan, dtype=torch.float32, device=device)
     greatest, total, *rest = product.empty_parts(3 if entropies else 2)
     spread = rest[0] if entropies else None
     columns = triton.cdiv(product.tile_columns, PARTS)
@@ -176,4 +175,4 @@ def vocab_logprob(
         with on_device_of(hidden):
             vocab_ranks_kernel[product.grid](found, starts, counted, *product.arguments(), columns, **product.tiles)
         places[order] = counted
-    return logprobs, places, torch.empty(0, **floats) if entropy is None else entropy  # type: ignore[call-overload]
+    return logprobs, places, nothing if entropy is None else entropy

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -217,7 +219,7 @@ def test_tuning_keeps_the_fastest_that_is_right(configs: Path, monkeypatch: pyte
     def call() -> Tensor:
         return torch.full((3,), 2.0 if chosen() == 64 else 1.0)
 
-    case = tune.Case("band", launches.case(torch.float32, 64), slow, call, lambda: torch.ones(3), [fast, wrong])
+    case = tune.Case("band", launches.case(torch.float32, 64), slow, call, lambda: torch.ones(3), (), [fast, wrong])
     seconds = {16: 3.0, 32: 2.0, 64: 1.0}
     monkeypatch.setattr(tune, "repeated", lambda _: chosen())  # as launched now, whenever it runs
     monkeypatch.setattr(tune, "milliseconds", seconds.get)
@@ -410,3 +412,20 @@ def test_models_score_as_they_do_in_plain_torch(
         torch.testing.assert_close(torch.tensor(b.logprobs), torch.tensor(a.logprobs), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.tensor(b.entropies), torch.tensor(a.entropies), rtol=1e-4, atol=1e-4)
         assert list(a.ranks) == list(b.ranks)
+
+
+def test_the_kernels_that_are_tuned_are_right_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of case runs, agrees by its own measure, and a launch that is tried is the one that runs."""
+    tune = script("tune")
+    monkeypatch.setattr(tune, "TOKENS", 64)
+    monkeypatch.setattr(tune, "repeated", lambda call: call())
+    monkeypatch.setattr(tune, "milliseconds", lambda _: 1.0)
+    names = set()
+    for kind in ("attention", "band"):
+        for case in itertools.islice(tune.KERNELS[kind](torch.float32, CPU), 2):
+            names.add(case.kernel)
+            assert tune.tuned(replace(case, candidates=case.candidates[:1]), CPU) == (None, 1.0)
+    assert names == {"attention", "disentangled_attention", "band"}
+    wrong = replace(case, op=lambda *given: case.op(*given) + 1)
+    with pytest.raises(SystemExit, match="is off by"):
+        tune.tuned(wrong, CPU)
