@@ -13,7 +13,7 @@ from mlmfast.errors import (
     UnsupportedModelError,
 )
 from mlmfast.masking import METRICS
-from mlmfast.results import Distribution, Fill, Ranking, Score
+from mlmfast.results import Distribution, Fill, Generation, Ranking, Score
 
 if TYPE_CHECKING:
     from mlmfast.checkpoint import load
@@ -27,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "Distribution",
     "Fill",
+    "Generation",
     "MLMFastError",
     "MaskedLM",
     "Ranking",

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from mlmfast.architectures.spec import Convolution, Embedding, EncoderSpec, Layer, Linear
+from mlmfast.cache import Cache, LayerCache, StepBatch
 from mlmfast.ops.add_layer_norm import add_layer_norm
 from mlmfast.ops.attention import attention
 from mlmfast.ops.disentangled_attention import disentangled_attention
 from mlmfast.ops.linear import linear
 from mlmfast.ops.masked_embedding import masked_embedding
-from mlmfast.packing import PackedBatch
+from mlmfast.packing import Batch
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,27 @@ class States:
         return out if self.kinds is None else out[self.kinds]
 
 
-def encode(spec: EncoderSpec, batch: PackedBatch, mask_token_id: int) -> Tensor:
-    """Hidden states of the scored rows after the last layer, ``[R, d]``."""
-    every = Queries(None, None, batch.cu_seqlens, batch.max_seqlen)
+def encode(spec: EncoderSpec, batch: Batch, mask_token_id: int, cache: Cache | None = None) -> Tensor:
+    """Hidden states of the scored rows after the last layer, ``[R, d]``.
+
+    Without a cache a batch holds whole copies. With one it is a :class:`mlmfast.cache.StepBatch` of the rows that are
+    computed anew: they see the keys and values that the cache holds of the others, and leave theirs in it.
+    """
+    every = Queries(None, batch.places(), batch.cu_seqlens, batch.max_seqlen)
     scored = Queries(batch.scored_rows, batch.scored_positions, batch.cu_scored, batch.max_scored)
     hidden = embed(spec.embedding, batch, mask_token_id)
-    for layer in spec.layers[:-1]:
-        hidden = States(apply_layer(spec, layer, batch, hidden, every, hidden.every()))
-    last = spec.layers[-1]
+    memories = [None] * len(spec.layers) if cache is None else cache.layers
+    for layer, memory in zip(spec.layers[:-1], memories):
+        hidden = States(apply_layer(spec, layer, batch, memory, hidden, every, hidden.every()))
+    last, memory = spec.layers[-1], memories[-1]
     if spec.mask_decoder is None:
-        return apply_layer(spec, last, batch, hidden, scored, scored.of(hidden.every()))
+        return apply_layer(spec, last, batch, memory, hidden, scored, scored.of(hidden.every()))
     # Enhanced mask decoder (He et al. 2021, section 3.2): the last layer twice, its keys and values from the layer
     # before it both times, its queries from absolute positions first. Positions past the table share its last row.
     places = batch.scored_positions.clamp(max=len(spec.mask_decoder) - 1)
     queries = scored.of(hidden.every()) + spec.mask_decoder[places]
     for _ in range(2):
-        queries = apply_layer(spec, last, batch, hidden, scored, queries, convolve=False)
+        queries = apply_layer(spec, last, batch, memory, hidden, scored, queries, convolve=False)
     return queries
 
 
@@ -97,7 +103,7 @@ def predict(spec: EncoderSpec, hidden: Tensor) -> Tensor:
     return add_layer_norm(transformed, None, None, head.norm.weight, head.norm.bias, head.norm.eps)
 
 
-def embed(embedding: Embedding, batch: PackedBatch, mask_token_id: int) -> States:
+def embed(embedding: Embedding, batch: Batch, mask_token_id: int) -> States:
     """Normalised embeddings of the packed rows."""
     ids, masked = batch.token_ids, batch.masked_rows
     table = embedding.positions
@@ -131,8 +137,10 @@ def embed(embedding: Embedding, batch: PackedBatch, mask_token_id: int) -> State
     return States(hidden, kinds)
 
 
-def position_ids(embedding: Embedding, batch: PackedBatch) -> Tensor:
+def position_ids(embedding: Embedding, batch: Batch) -> Tensor:
     """Absolute position of every packed row, int64 ``[T]``."""
+    if isinstance(batch, StepBatch):
+        return batch.position_ids
     if embedding.padding_id is None:
         return row_positions(batch) + embedding.first_position
     # RoBERTa counts the tokens that are not padding, and gives padding its own id, should a text spell it out.
@@ -143,13 +151,15 @@ def position_ids(embedding: Embedding, batch: PackedBatch) -> Tensor:
     return within * counted + embedding.padding_id
 
 
-def row_positions(batch: PackedBatch) -> Tensor:
+def row_positions(batch: Batch) -> Tensor:
     """Each packed row's place in its copy, int64 ``[T]``."""
+    if isinstance(batch, StepBatch):
+        return batch.positions
     starts = by_row(batch, batch.cu_seqlens[:-1].long())
     return torch.arange(batch.tokens, device=starts.device) - starts
 
 
-def by_row(batch: PackedBatch, values: Tensor) -> Tensor:
+def by_row(batch: Batch, values: Tensor) -> Tensor:
     """A value a copy, ``[C]``, for each of the copy's rows, ``[T]``."""
     # Without its size torch would wait for the device to add up the lengths.
     return torch.repeat_interleave(values, batch.cu_seqlens.diff().long(), output_size=batch.tokens)
@@ -158,7 +168,8 @@ def by_row(batch: PackedBatch, values: Tensor) -> Tensor:
 def apply_layer(
     spec: EncoderSpec,
     layer: Layer,
-    batch: PackedBatch,
+    batch: Batch,
+    memory: LayerCache | None,
     hidden: States,
     queries: Queries,
     states: Tensor,
@@ -171,7 +182,10 @@ def apply_layer(
         rows.projected(product).unflatten(1, (spec.heads, -1))
         for rows, product in ((asked, layer.query), (hidden, layer.key), (hidden, layer.value))
     )
-    bounds = (queries.cu_seqlens, batch.cu_seqlens, queries.max_seqlen, batch.max_seqlen, queries.positions, spec.scale)
+    if memory is not None:
+        k, v = memory.extended(k, v, batch)
+    cu_keys, max_keys = batch.keys()
+    bounds = (queries.cu_seqlens, cu_keys, queries.max_seqlen, max_keys, queries.positions, spec.scale)
     if spec.buckets is None:
         mixed = attention(q, k, v, *bounds)
     else:
@@ -183,24 +197,36 @@ def apply_layer(
     wide = linear(attended, layer.up.weight, layer.up.bias, spec.activation)
     out = add_layer_norm(linear(wide, layer.down.weight), attended, layer.down.bias, norm.weight, norm.bias, norm.eps)
     if layer.convolution is not None and convolve:
-        out = apply_convolution(layer.convolution, batch, hidden.every(), queries, out)
+        out = apply_convolution(layer.convolution, batch, memory, hidden.every(), queries, out)
     return out
 
 
 def apply_convolution(
-    convolution: Convolution, batch: PackedBatch, hidden: Tensor, queries: Queries, out: Tensor
+    convolution: Convolution,
+    batch: Batch,
+    memory: LayerCache | None,
+    hidden: Tensor,
+    queries: Queries,
+    out: Tensor,
 ) -> Tensor:
     """``norm(out + activation(conv(hidden)))`` for the query rows; taps past a copy's ends read zeros."""
     positions = row_positions(batch)
-    lengths = by_row(batch, batch.cu_seqlens.diff().long())
-    rows = torch.arange(batch.tokens, device=hidden.device) if queries.rows is None else queries.rows
+    if isinstance(batch, StepBatch):
+        lengths, own = batch.lengths, batch.cache_rows
+    else:
+        lengths = by_row(batch, batch.cu_seqlens.diff().long())
+        own = torch.arange(batch.tokens, device=hidden.device)
+    if memory is not None:
+        hidden = memory.with_inputs(hidden, batch)
+    if queries.rows is not None:
+        positions, lengths, own = positions[queries.rows], lengths[queries.rows], own[queries.rows]
     taps = torch.arange(convolution.width, device=hidden.device) - convolution.width // 2
-    reached = positions[rows][:, None] + taps  # [Tq, width]
-    inside = (reached >= 0) & (reached < lengths[rows][:, None])
+    reached = positions[:, None] + taps  # [Tq, width]
+    inside = (reached >= 0) & (reached < lengths[:, None])
     # One row of zeros past the end stands for everything outside.
-    sources = torch.where(inside, rows[:, None] + taps, batch.tokens)
+    sources = torch.where(inside, own[:, None] + taps, len(hidden))
     padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
     product = convolution.linear
-    convolved = linear(padded[sources].view(len(rows), -1), product.weight, product.bias, convolution.activation)
+    convolved = linear(padded[sources].view(len(own), -1), product.weight, product.bias, convolution.activation)
     norm = convolution.norm
     return add_layer_norm(convolved, out, None, norm.weight, norm.bias, norm.eps)

@@ -141,6 +141,21 @@ def read_rows(temperature: float = 1.0) -> Reader:
     return read
 
 
+def read_logits() -> Reader:
+    """Reads whole distributions as :func:`read_rows` does, and ``shifts [N]``: a logit less its log-probability."""
+    rows = read_rows()
+
+    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        logprobs = rows(head, hidden, targets)["logprobs"]
+        wide = accumulation(hidden.dtype)
+        first = hidden[targets.rows].to(wide) @ head.vocabulary[0].to(wide)
+        if head.bias is not None:
+            first = first + head.bias[0].to(wide)
+        return {"logprobs": logprobs, "shifts": first.cpu() - logprobs[:, 0]}
+
+    return read
+
+
 def compute(
     spec: EncoderSpec,
     sequences: Sequence[TokenSequence],
@@ -150,7 +165,7 @@ def compute(
     *,
     device: torch.device,
     batch_tokens: int,
-    graphs: Graphs | None = None,
+    graphs: Graphs[PackedBatch] | None = None,
     advance: Callable[[float], Any],
 ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
     """Plans and computes sequences, a window of copies at a time.
@@ -211,7 +226,7 @@ def run(
     *,
     device: torch.device,
     batch_tokens: int,
-    graphs: Graphs | None = None,
+    graphs: Graphs[PackedBatch] | None = None,
     advance: Callable[[float], Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Computes a plan.

@@ -16,18 +16,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from mlmfast.architectures.spec import EncoderSpec
-from mlmfast.packing import PackedBatch
+from mlmfast.packing import Batch
 from mlmfast.staging import laid_over, staged
 
-# A pass over a packed batch on the weights' device, with the mask token's id: hidden states [R, e].
-Pass = Callable[[EncoderSpec, PackedBatch, int], Tensor]
+# What a pass computes: whole copies, or an incremental step's rows.
+B = TypeVar("B", bound=Batch)
+# A pass over a batch on the weights' device, with the mask token's id: hidden states [R, e].
+Pass = Callable[[EncoderSpec, B, int], Tensor]
 # Runs what it is given, and returns a function that does the same work once more, on what then stands in the same
 # tensors, and gives the same output tensor, overwritten.
 Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -81,7 +83,7 @@ class CudaRecorder:
         return replay
 
 
-class Graphs:
+class Graphs(Generic[B]):
     """Runs a pass over batches, and records and replays it where that pays.
 
     Args:
@@ -89,7 +91,7 @@ class Graphs:
         recorder: makes what records on a device.
     """
 
-    def __init__(self, compute: Pass, recorder: Callable[[torch.device], Recorder] = CudaRecorder) -> None:
+    def __init__(self, compute: Pass[B], recorder: Callable[[torch.device], Recorder] = CudaRecorder) -> None:
         self._compute = compute
         self._make_recorder = recorder
         self._recorder: Recorder | None = None
@@ -100,7 +102,7 @@ class Graphs:
         self._warned = False
         self._lock = threading.Lock()  # a recording has one place for its batch and one for its output
 
-    def over(self, spec: EncoderSpec, mask_token_id: int, device: torch.device) -> Callable[[PackedBatch], Tensor]:
+    def over(self, spec: EncoderSpec, mask_token_id: int, device: torch.device) -> Callable[[B], Tensor]:
         """The pass from a batch on the host to hidden states ``[R, e]``.
 
         Ask for it in each request: what the model's tensors are is looked at here, not in every batch.
@@ -120,9 +122,7 @@ class Graphs:
         self._recorder = None
         return held
 
-    def _run(
-        self, spec: EncoderSpec, mask_token_id: int, device: torch.device, setting: Hashable, batch: PackedBatch
-    ) -> Tensor:
+    def _run(self, spec: EncoderSpec, mask_token_id: int, device: torch.device, setting: Hashable, batch: B) -> Tensor:
         if batch.tokens <= MOST_ROWS:
             with self._lock:
                 recording = self._recording(spec, mask_token_id, device, setting, batch)
@@ -132,14 +132,14 @@ class Graphs:
         return self._compute(spec, batch.to(device), mask_token_id)
 
     def _recording(
-        self, spec: EncoderSpec, mask_token_id: int, device: torch.device, setting: Hashable, batch: PackedBatch
+        self, spec: EncoderSpec, mask_token_id: int, device: torch.device, setting: Hashable, batch: B
     ) -> Recording | None:
         """The recording that serves a batch, made now if its time has come; None for a plain pass."""
         if setting != self._setting:
             self._forget()
             self._refused.clear()
             self._setting = setting
-        key = shape_of(batch)
+        key = batch.shape()
         if key in self._recordings:
             self._recordings.move_to_end(key)
             return self._recordings[key]
@@ -170,17 +170,12 @@ class Graphs:
             self._recordings.popitem(last=False)
         return recording
 
-    def _record(self, spec: EncoderSpec, mask_token_id: int, device: torch.device, batch: PackedBatch) -> Recording:
+    def _record(self, spec: EncoderSpec, mask_token_id: int, device: torch.device, batch: B) -> Recording:
         if self._recorder is None:
             self._recorder = self._make_recorder(device)
         buffer = staged(batch.encoded(), device).to(device)
         resident = batch.over(laid_over(buffer, batch.encoded()))
         return Recording(buffer, self._recorder(lambda: self._compute(spec, resident, mask_token_id)))
-
-
-def shape_of(batch: PackedBatch) -> Hashable:
-    """What the launches of a pass depend on in a batch: its numbers ``T, M, R, C`` and the longest of its copies."""
-    return (*(len(tensor) for tensor in batch.encoded()), batch.max_seqlen, batch.max_scored)
 
 
 def signature(part: Any) -> Hashable:

@@ -26,9 +26,11 @@ from mlmfast.budget import usual_batch_tokens
 from mlmfast.cpu import products
 from mlmfast.errors import MLMFastError, RequestError, TextError
 from mlmfast.execution import Reader, compute, head_states, read_best, read_logprobs, read_rows, run
+from mlmfast.generation import Generating, streaming
 from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan, check_metric, make_plan
-from mlmfast.results import Distribution, Fill, Ranking, Score
+from mlmfast.packing import PackedBatch
+from mlmfast.results import Distribution, Fill, Generation, Ranking, Score
 from mlmfast.tokenization import EncodedText, TextEncoder
 
 
@@ -65,7 +67,7 @@ class MaskedLM:
         self._derived = Derived()
         self._backend = None if backend == "auto" else backend
         self._batch_tokens = check_batch_tokens(batch_tokens)
-        self._graphs = Graphs(head_states) if cuda_graphs else None
+        self._graphs = Graphs[PackedBatch](head_states) if cuda_graphs else None
         with backends.forced(self._backend):
             backends.report(self.device.type, self.dtype)  # a forced backend that cannot serve says so now
         self._encoder(self.spec())  # a model or tokenizer that cannot serve says so now, too
@@ -319,6 +321,133 @@ class MaskedLM:
         read = read_best(top_k, temperature)
         filled = self._each(batch, None, None, "raise", None, {"metric": "unmasked"}, read, make, scores_masks=True)
         return filled[0] if single else filled
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompts: list[str] | tuple[str, ...], **options: Any) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompts: str | list[str] | tuple[str, ...],
+        *,
+        num_masks: int = 3,
+        cache: str = "none",
+        recompute: int | None = None,
+        refresh: int | str | None = "auto",
+        draft: str | None = None,
+        final_token: str | int | Sequence[int] | None = "auto",
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        streamer: Any = None,
+        seed: int | None = None,
+        progress: bool | None = None,
+        **settings: Any,
+    ) -> Generation | list[Generation]:
+        """Continues prompts by appending masks and reading the first (Samuel 2024, arXiv 2406.04823, section 2.1).
+
+        Prompts of any lengths are computed together, without padding; those that have ended make room for others.
+        Ctrl-C returns what there is so far, with ``stopped="interrupted"``.
+
+        Args:
+            prompts: a text, or a list of them.
+            num_masks: masks at the end of each step. DeBERTa, which was trained on spans of up to three, wants 3; with
+                one it takes every token for the last.
+            cache: ``"none"``: every step is a whole pass, exact. ``"window"``: **approximate**, keys and values of
+                earlier tokens are kept, and a step computes the last ``recompute`` tokens and the masks.
+            recompute: of the window cache, 8 unless given; as many as there are tokens make it exact.
+            refresh: of the window cache: every so many steps all tokens are computed, 16 unless given; None for never.
+            draft: ``"masks"``: for greedy search, the masks after the first draft tokens that the next pass verifies:
+                the same tokens in fewer, larger passes. None: a token a pass.
+            final_token: what stands after the masks: ``"auto"`` for what the tokenizer puts at the end of a text, a
+                token, its id or ids, or None for nothing.
+            generation_config: transformers' ``GenerationConfig``; ``settings`` go before it.
+            logits_processor, stopping_criteria: lists of transformers' objects. They are called for one prompt at a
+                time, with its tokens without special ones; criteria get no scores.
+            streamer: transformers' ``TextStreamer`` or its like, for a single prompt without beams.
+            seed: of sampling. A prompt's result depends on it and on the prompt's place in the list, not on the other
+                prompts.
+            progress: a bar on stderr; None shows one on a terminal if it takes more than two seconds.
+            settings: fields of ``GenerationConfig``: ``max_new_tokens`` (32), ``min_new_tokens``, ``num_beams``,
+                ``length_penalty``, ``early_stopping``, ``num_return_sequences``, ``do_sample``, ``temperature``,
+                ``top_k`` (50, when sampling), ``top_p``, ``repetition_penalty``, ``no_repeat_ngram_size``,
+                ``eos_token_id`` (the tokenizer's separator and end), ``stop_strings``, ``max_time`` and others; what is
+                not supported is refused.
+
+        Returns:
+            A :class:`Generation` a prompt, in the order given; one alone for a single text without
+            ``num_return_sequences``, which else stand side by side, best first for beams.
+
+        Raises:
+            RequestError: arguments that contradict each other, or a setting that is not supported.
+            TextError: a prompt that the model has no room to continue.
+        """
+        single = isinstance(prompts, str)
+        batch = [prompts] if isinstance(prompts, str) else listed(prompts, "prompts")
+        generating = self._generating(
+            batch,
+            num_masks=num_masks,
+            cache=cache,
+            recompute=recompute,
+            refresh=refresh,
+            draft=draft,
+            final_token=final_token,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            seed=seed,
+            settings=settings,
+        )
+        put = None
+        if streamer is not None:
+            generating.require_one("a streamer")
+            put = streaming(generating, streamer)
+        bar = tqdm(
+            total=len(generating.searches),
+            desc=f"generating with {self.name}",
+            unit="text",
+            delay=2 if progress is None else 0,
+            disable=None if progress is None else not progress,
+            leave=bool(progress),
+        )
+        with bar:
+            try:
+                for took in generating.run():
+                    if put is not None:
+                        put()
+                    bar.update(sum(generating.searches[i].done for i in took))
+            except KeyboardInterrupt:
+                pass  # what there is so far says that it was interrupted
+        if streamer is not None:
+            streamer.end()
+        found = generating.results()
+        return found[0] if single and len(found) == 1 else found
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The text that :meth:`generate` adds to one prompt, in pieces as they are chosen.
+
+        Args:
+            prompt: a text.
+            options: as in :meth:`generate`, but ``streamer`` and ``progress``, and without beams.
+
+        Yields:
+            what has been added since the last piece. A stop string may be among it.
+        """
+        defaults: dict[str, Any] = {"num_masks": 3, "cache": "none", "recompute": None, "refresh": "auto"}
+        defaults |= {"draft": None, "final_token": "auto", "generation_config": None, "seed": None}
+        defaults |= {"logits_processor": None, "stopping_criteria": None}
+        manner = {name: options.pop(name, usual) for name, usual in defaults.items()}
+        if not isinstance(prompt, str):
+            raise RequestError("stream() follows one prompt, one string; generate() takes a list")
+        generating = self._generating([prompt], **manner, settings=options)
+        generating.require_one("stream()")
+        return generating.pieces()
+
+    def _generating(self, prompts: list[str], **request: Any) -> Generating:
+        spec = self.spec()
+        return Generating(self, spec, self._encoder(spec), prompts, **request)
 
     def plan(
         self,

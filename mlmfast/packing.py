@@ -7,7 +7,7 @@ batch holds runs of equal lengths (which a backend can treat as one block), and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from mlmfast.masking import MaskPlan
 from mlmfast.staging import transferred
 
-# What the encoder reads; what is predicted at the scored rows, and where it goes, stays on the host until it is read.
-ENCODED = ("token_ids", "masked_rows", "scored_rows", "scored_positions", "cu_seqlens", "cu_scored")
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """Copies laid end to end: ``C`` of them, ``T`` rows, ``R`` scored rows, ``N`` targets.
+class Batch:
+    """What the encoder reads: ``C`` copies laid end to end, ``T`` rows, ``R`` scored ones.
 
     Attributes:
         token_ids: int64 ``[T]``, the text's own tokens; what stands at a masked row is never read.
@@ -31,13 +31,19 @@ class PackedBatch:
         scored_rows: int64 ``[R]``, rows whose token is predicted, ascending.
         cu_scored: int32 ``[C + 1]``, bounds of each copy's run in ``scored_rows``.
         scored_positions: int64 ``[R]``, a scored row's place in its copy.
-        targets: int64 ``[N]``, token ids to be predicted.
-        target_rows: int64 ``[N]``, the place in ``scored_rows`` that each target is read from; copies that serve
-            several texts have several targets a row.
-        order: int64 ``[N]``, each target's place in the plan's ``targets``.
         max_seqlen: longest copy, known without asking a device.
         max_scored: most scored rows of a copy.
     """
+
+    # The tensors above, which go to the device; what else a batch holds stays on the host until it is needed.
+    ENCODED: ClassVar[tuple[str, ...]] = (
+        "token_ids",
+        "masked_rows",
+        "scored_rows",
+        "scored_positions",
+        "cu_seqlens",
+        "cu_scored",
+    )
 
     token_ids: Tensor
     cu_seqlens: Tensor
@@ -45,9 +51,6 @@ class PackedBatch:
     scored_rows: Tensor
     cu_scored: Tensor
     scored_positions: Tensor
-    targets: Tensor
-    target_rows: Tensor
-    order: Tensor
     max_seqlen: int
     max_scored: int
 
@@ -59,21 +62,49 @@ class PackedBatch:
     def tokens(self) -> int:
         return len(self.token_ids)
 
-    def to(self, device: torch.device) -> PackedBatch:
+    def to(self, device: torch.device) -> Self:
         """The same batch with what the encoder reads on a device."""
         return self.over(transferred(self.encoded(), device))
 
     def encoded(self) -> list[Tensor]:
-        """What the encoder reads, in the order of :data:`ENCODED`."""
-        return [getattr(self, name) for name in ENCODED]
+        """What the encoder reads, in the order of :attr:`ENCODED`."""
+        return [getattr(self, name) for name in self.ENCODED]
 
-    def over(self, encoded: list[Tensor]) -> PackedBatch:
+    def over(self, encoded: list[Tensor]) -> Self:
         """The same batch that reads these instead of its own :meth:`encoded`."""
-        fields: dict[str, Any] = dict(zip(ENCODED, encoded))
+        fields: dict[str, Any] = dict(zip(self.ENCODED, encoded))
         return replace(self, **fields)
 
+    def places(self) -> Tensor | None:
+        """Each row's place in its copy, int64 ``[T]``; None where the rows are all of each copy."""
+        return None
+
+    def keys(self) -> tuple[Tensor, int]:
+        """Bounds of the keys that each copy's rows see, int32 ``[C + 1]``, and the most of them."""
+        return self.cu_seqlens, self.max_seqlen
+
+    def shape(self) -> tuple[int, ...]:
+        """What launches over it depend on: ``T, M, R, C`` and the longest of its copies."""
+        return (*map(len, self.encoded()), self.max_seqlen, self.max_scored)
+
     def __repr__(self) -> str:
-        return f"PackedBatch(copies={self.copies}, tokens={self.tokens}, scored={len(self.scored_rows)})"
+        return f"{type(self).__name__}(copies={self.copies}, tokens={self.tokens}, scored={len(self.scored_rows)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedBatch(Batch):
+    """Whole copies of a plan, with ``N`` targets.
+
+    Attributes:
+        targets: int64 ``[N]``, token ids to be predicted.
+        target_rows: int64 ``[N]``, the place in ``scored_rows`` that each target is read from; copies that serve
+            several texts have several targets a row.
+        order: int64 ``[N]``, each target's place in the plan's ``targets``.
+    """
+
+    targets: Tensor
+    target_rows: Tensor
+    order: Tensor
 
 
 def halves(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:

@@ -211,3 +211,55 @@ class Fill:
     def __str__(self) -> str:
         rows = [[word, f"{p:.4f}", f"{math.exp(p):.1%}"] for word, p in zip(self.words, self.logprobs)]
         return _columns(["candidate", "logprob", "share"], rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """A prompt's continuation.
+
+    Attributes:
+        prompt: as given.
+        text: what was generated, as it follows the prompt; special tokens are left out.
+        tokens: the generated pieces, a stop token among them.
+        token_ids: int64 ``[n]``.
+        logprobs: float32 ``[n]``, natural logarithm of each token's probability under the model, whatever was done to
+            the probabilities to choose it.
+        stopped: ``"token"`` (a stop token), ``"criterion"`` (a stop string, a time limit, or a criterion of yours),
+            ``"length"`` (``max_new_tokens``), ``"room"`` (the model holds no more), ``"interrupted"`` (Ctrl-C).
+        passes: passes through the model that this took; drafts make them fewer than the tokens.
+        score: what beams were compared by, the total over the length to the power of ``length_penalty``; else None.
+        cache: ``"none"``: exact; ``"window"``: approximate.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[str]
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    stopped: str
+    passes: int
+    score: float | None = None
+    cache: str = "none"
+
+    @property
+    def total(self) -> float:
+        """Sum of ``logprobs`` in nats, added in float64."""
+        return float(np.sum(self.logprobs, dtype=np.float64))
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """1 without drafts and beams."""
+        return len(self.tokens) / max(1, self.passes)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        approximate = "" if self.cache == "none" else f", cache={self.cache!r} (approximate)"
+        return (
+            f"Generation({_excerpt(self.prompt)} -> {_excerpt(self.text)}, tokens={len(self)}, "
+            f"stopped={self.stopped!r}, total={self.total:.4f}{approximate})"
+        )
+
+    def __str__(self) -> str:
+        return self.prompt + self.text

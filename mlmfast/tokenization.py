@@ -104,6 +104,38 @@ class TextEncoder:
             results.append(TextError(i, outcome) if isinstance(outcome, str) else outcome)
         return results
 
+    def surroundings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Special tokens that the tokenizer puts before and after a text."""
+        inside = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        before = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
+        return tuple(whole[:before]), tuple(whole[before + len(inside) :])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts, no special tokens around them; an empty prompt has none.
+
+        Raises:
+            TextError: a prompt is no text, or has a token that the model does not embed.
+        """
+        for i, prompt in enumerate(prompts):
+            fault = _fault(prompt)
+            if fault is not None:
+                raise TextError(i, fault)
+        if not prompts:
+            return []
+        found = self.tokenizer(list(prompts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for i, ids in enumerate(found["input_ids"]):
+            if ids and max(ids) >= self.vocab_size:
+                raise TextError(i, self._not_embedded(max(ids)))
+        return found["input_ids"]
+
+    def _not_embedded(self, token_id: int) -> str:
+        culprit = self.tokenizer.convert_ids_to_tokens(token_id)
+        return (
+            f"has the token {culprit!r} (id {token_id}), but {self.name} embeds {self.vocab_size}: "
+            "the tokenizer is not this model's, or the model needs resize_token_embeddings"
+        )
+
     def _tokenise(self, texts: list[str]) -> Any:
         if not texts:
             return None
@@ -146,11 +178,7 @@ class TextEncoder:
             offsets = None if offsets is None else offsets[keep]
             word_ids = None if word_ids is None else word_ids[keep]
         if len(token_ids) and token_ids.max() >= self.vocab_size:
-            culprit = self.tokenizer.convert_ids_to_tokens(int(token_ids.max()))
-            return (
-                f"has the token {culprit!r} (id {token_ids.max()}), but {self.name} embeds {self.vocab_size}: "
-                "the tokenizer is not this model's, or the model needs resize_token_embeddings"
-            )
+            return self._not_embedded(int(token_ids.max()))
         special = np.isin(token_ids, self.special_ids)
         if scores_masks:
             scored = token_ids == self.mask_token_id

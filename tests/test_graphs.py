@@ -26,7 +26,7 @@ import mlmfast
 from mlmfast import backends, execution, graphs
 from mlmfast.architectures.spec import EncoderSpec
 from mlmfast.execution import head_states, read_logprobs, run
-from mlmfast.graphs import Graphs, shape_of, signature
+from mlmfast.graphs import Graphs, signature
 from mlmfast.model import MaskedLM
 from mlmfast.packing import PackedBatch, pack
 
@@ -104,7 +104,7 @@ def test_a_shape_is_recorded_when_it_comes_for_the_third_time(lms: dict[str, Mas
 def test_results_outlive_the_next_replay(lms: dict[str, MaskedLM]) -> None:
     lm, stand_in = lms["bert"], StandIn()
     one, other = (pack(lm.plan([text]), 1000)[0] for text in ("The cat follow.", "The dogs follow."))
-    assert shape_of(one) == shape_of(other)
+    assert one.shape() == other.shape()
     with lm._computing():
         states = stand_in.graphs.over(lm.spec(), lm.tokenizer.mask_token_id, CPU)
         for _ in range(3):
@@ -278,10 +278,10 @@ def test_the_shape_holds_every_size(lms: dict[str, MaskedLM]) -> None:
     encoded = batch.encoded()
     for i, tensor in enumerate(encoded):
         other = batch.over([*encoded[:i], tensor[:-1], *encoded[i + 1 :]])
-        assert shape_of(other) != shape_of(batch)
-    assert shape_of(replace(batch, max_seqlen=batch.max_seqlen + 1)) != shape_of(batch)
-    assert shape_of(replace(batch, max_scored=batch.max_scored + 1)) != shape_of(batch)
-    assert shape_of(batch.over([tensor.clone() for tensor in encoded])) == shape_of(batch)
+        assert other.shape() != batch.shape()
+    assert replace(batch, max_seqlen=batch.max_seqlen + 1).shape() != batch.shape()
+    assert replace(batch, max_scored=batch.max_scored + 1).shape() != batch.shape()
+    assert batch.over([tensor.clone() for tensor in encoded]).shape() == batch.shape()
 
 
 def test_another_precision_or_mask_is_another_recording(lms: dict[str, MaskedLM]) -> None:
@@ -327,7 +327,7 @@ def test_a_pass_that_cannot_be_recorded_runs_plainly_and_warns_once(lms: dict[st
             assert_same(lm, stand_in)
     assert [warning.category for warning in caught] == [UserWarning]
     assert "not permitted" in str(caught[0].message) and "cuda_graphs=False" in str(caught[0].message)
-    assert 1 < tried == len(attempts) <= len({shape_of(batch) for batch in pack(lm.plan(POOL), 60)})
+    assert 1 < tried == len(attempts) <= len({batch.shape() for batch in pack(lm.plan(POOL), 60)})
 
 
 @pytest.mark.parametrize("name", NAMES)
