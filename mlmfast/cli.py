@@ -1,4 +1,4 @@
-"""The command line: ``mlmfast score | rank | doctor | bench``.
+"""The command line: ``mlmfast score | rank | generate | doctor | bench``.
 
 Exit status: 0 all rows scored, 1 some rows have ``error``, 2 the request itself is wrong, 70 a defect of mlmfast, 130
 interrupted, 141 the reader of a pipe has gone. Only commands import torch, so that ``--help`` is quick.
@@ -10,7 +10,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,8 +25,9 @@ from mlmfast.reporting import reporting, say
 
 if TYPE_CHECKING:
     from mlmfast.model import MaskedLM
+    from mlmfast.readers import Row
     from mlmfast.results import Ranking
-    from mlmfast.writers import Sink, Tally
+    from mlmfast.writers import Record, Sink, Tally
 
 app = typer.Typer(
     help="Exact, fast scores of text under masked language models.",
@@ -104,7 +106,7 @@ def score(
     Exit status: 0 all rows scored, 1 some have an error, 2 the request is wrong.
     """
     with reporting():
-        from mlmfast.corpus import open_sink
+        from mlmfast.corpus import open_sink, score_window
         from mlmfast.readers import format_of, read_rows
 
         check_metric(metric, window, stride)
@@ -121,15 +123,20 @@ def score(
         # What may be wrong with the files is found before the model is loaded.
         sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
         rows = read_rows(source, format=format, field=field)
-        tally = _score(mlmfast.load(model, **loading), rows, sink, options, output, quiet, model)
+        records_of = partial(score_window, mlmfast.load(model, **loading), options)
+        approximate = " (approximate)" if metric == "strided" else ""
+        manner = f"scored in {{seconds:.1f}} s; model {model}, metric {metric}{approximate}"
+        tally = _write(records_of, rows, sink, output, quiet, manner)
     raise typer.Exit(1 if tally.errors else 0)
 
 
-def _score(lm: MaskedLM, rows: Any, sink: Sink, options: dict[str, Any], output: str, quiet: bool, model: str) -> Tally:
+def _write(
+    records_of: Callable[[Sequence[Row]], list[Record]], rows: Any, sink: Sink, output: str, quiet: bool, manner: str
+) -> Tally:
     """Runs with a bar, says what an unfinished run has left, and ends with one line of summary."""
     from tqdm import tqdm
 
-    from mlmfast.corpus import score_rows
+    from mlmfast.corpus import write_rows
 
     started = time.perf_counter()
     # disable=None: a bar on a terminal only
@@ -140,7 +147,7 @@ def _score(lm: MaskedLM, rows: Any, sink: Sink, options: dict[str, Any], output:
             bar.set_postfix(errors=tally.errors, refresh=False)
 
         try:
-            tally = score_rows(lm, rows, sink, options, show)
+            tally = write_rows(rows, sink, records_of, show)
         except BaseException as error:
             left = sink.close()
             bar.close()
@@ -152,11 +159,8 @@ def _score(lm: MaskedLM, rows: Any, sink: Sink, options: dict[str, Any], output:
             raise
     if not quiet:
         kept = f" ({tally.kept:,} of them by an earlier run)" if tally.kept else ""
-        approximate = " (approximate)" if options["metric"] == "strided" else ""
-        say(
-            f"{tally.rows:,} rows{kept}, {tally.errors:,} with an error, {tally.tokens:,} tokens scored in "
-            f"{time.perf_counter() - started:.1f} s; model {model}, metric {options['metric']}{approximate}"
-        )
+        said = manner.format(seconds=time.perf_counter() - started)
+        say(f"{tally.rows:,} rows{kept}, {tally.errors:,} with an error, {tally.tokens:,} tokens {said}")
     return tally
 
 
@@ -223,6 +227,106 @@ def rank(
             elif not isinstance(outcome, str):
                 _print_ranking(outcome, metric)
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What is continued.")] = None,
+    file: Annotated[str | None, typer.Option(help="Prompts: text, JSON Lines, CSV or Parquet; - is stdin.")] = None,
+    format: Annotated[str, typer.Option(help="auto (by the suffix), text, jsonl, csv, tsv or parquet.")] = "auto",
+    field: Annotated[str, typer.Option(help="The column or key that holds the prompt; not for text files.")] = "text",
+    output: Annotated[str, typer.Option("--output", "-o", help="As for score; only with --file.")] = "-",
+    shard_rows: Annotated[int, typer.Option(help="Rows in each file of an output folder.")] = 100_000,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines also on a terminal.")] = False,
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens that are generated.")] = 32,
+    min_new_tokens: Annotated[int, typer.Option(help="No stop token before so many.")] = 0,
+    num_masks: Annotated[int, typer.Option(help="Masks at the end of each step; DeBERTa wants 3.")] = 3,
+    num_beams: Annotated[int, typer.Option(help="More than 1: beam search.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beams: a score is over the length to this power.")] = 1.0,
+    do_sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the best.")] = False,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Sample among the best that have this much probability.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what there is already.")] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(help="No run of so many tokens twice; 0: any.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the text where it appears; may be repeated.")] = None,
+    cache: Annotated[str, typer.Option(help="none (exact) or window (approximate: earlier rows are kept).")] = "none",
+    recompute: Annotated[int | None, typer.Option(help="Of the window: last tokens computed in a step.")] = None,
+    refresh: Annotated[int | None, typer.Option(help="Of the window: all computed every so many steps; 0: never.")] = (
+        None
+    ),
+    draft: Annotated[bool, typer.Option("--draft", help="Greedy: further masks draft tokens, exact all the same.")] = (
+        False
+    ),
+    batch_tokens: BatchTokens = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+    semantics: Semantics = "trained",
+    revision: Revision = None,
+    allow_random_head: RandomHead = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+) -> None:
+    """Continue a prompt, or every row of a file, by appending masks.
+
+        mlmfast generate "Once upon a time" --max-new-tokens 32
+
+    On a terminal the text appears as it is chosen; else, and for a file, JSON Lines: text, continuation, tokens,
+    logprobs (of the model), stopped; or text and error. Files are written and continued as by score. Exit status as for
+    score.
+    """
+    failed = False
+    with reporting():
+        from mlmfast.corpus import generate_window, open_sink
+        from mlmfast.readers import Row, format_of, read_rows
+
+        if (file is None) == (prompt is None):
+            raise RequestError("give a prompt or --file, and not both")
+        if prompt is not None and output != "-":
+            raise RequestError("--output is for the rows of --file; a prompt's continuation goes to standard output")
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        options |= {"num_masks": num_masks, "num_beams": num_beams, "length_penalty": length_penalty}
+        options |= {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+        options |= {"seed": seed, "stop_strings": stop, "cache": cache, "recompute": recompute}
+        options |= {"draft": "masks" if draft else None}
+        options |= {} if refresh is None else {"refresh": refresh or None}
+        loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
+        loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
+        if file is not None:
+            request = {"mlmfast": mlmfast.__version__, "command": "generate", "format": format_of(file, format)}
+            request |= {"input": file if file == "-" else str(Path(file).resolve()), "field": field, "model": model}
+            if output != "-" and file != "-" and Path(output).resolve() == Path(file).resolve():
+                raise RequestError(f"--output {output} is the input")
+            sink = open_sink(output, request | options | loading, shard_rows, sys.stdout.buffer)
+            rows = read_rows(file, format=format, field=field)
+            records_of = partial(generate_window, mlmfast.load(model, **loading), options)
+            approximate = " (approximate)" if cache != "none" else ""
+            manner = f"generated in {{seconds:.1f}} s; model {model}, cache {cache}{approximate}"
+            failed = bool(_write(records_of, rows, sink, output, quiet, manner).errors)
+        elif prompt is not None:
+            lm = mlmfast.load(model, **loading)
+            if as_json or not sys.stdout.isatty():
+                (record,) = generate_window(lm, options, [Row(0, prompt)])
+                if "error" in record:
+                    raise RequestError(record["error"])
+                _write_line(record)
+            else:
+                typer.echo(prompt, nl=False)
+                _print_text(lm, prompt, options)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _print_text(lm: MaskedLM, prompt: str, options: dict[str, Any]) -> None:
+    """A continuation as it grows, or at the end of a search with beams."""
+    try:
+        grows = options["num_beams"] == 1
+        for piece in lm.stream(prompt, **options) if grows else [lm.generate(prompt, **options).text]:
+            typer.echo(piece, nl=False)
+    finally:
+        typer.echo()  # after Ctrl-C, too
 
 
 @app.command()

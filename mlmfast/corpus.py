@@ -1,4 +1,4 @@
-"""Scoring corpora: rows in, records out, a bounded window of rows at a time."""
+"""Corpora: rows in, records of scores or continuations out, a bounded window of rows at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlmfast.errors import RequestError, TextError
 from mlmfast.readers import Row
-from mlmfast.results import Score
+from mlmfast.results import Generation, Score
 from mlmfast.shards import FolderSink
 from mlmfast.writers import FileSink, Record, Sink, StreamSink, Tally
 
@@ -23,31 +23,30 @@ WINDOW_ROWS = 1024
 WINDOW_COST = 1 << 22
 
 
-def score_rows(
-    lm: MaskedLM,
+def write_rows(
     rows: Iterable[Row],
     sink: Sink,
-    options: Mapping[str, Any],
+    records_of: Callable[[Sequence[Row]], list[Record]],
     on_window: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Scores rows and writes a record each, in order.
+    """Writes a record a row, in order.
 
     Args:
-        lm: the model.
         rows: as :func:`mlmfast.readers.read_rows` yields them; may be longer than memory.
-        sink: where the records go; rows that it keeps from an earlier run are not scored again.
-        options: keyword arguments of :meth:`MaskedLM.score`.
+        sink: where the records go; rows that it keeps from an earlier run are not computed again.
+        records_of: the records of a window, :func:`score_window` or :func:`generate_window`. A row that cannot be
+            computed is no error but a record with ``error``.
         on_window: called with the counts so far after every window.
 
     Returns:
         The sink's counts.
 
     Raises:
-        RequestError: the options are wrong. A row that cannot be scored is no error but a record with ``error``.
+        RequestError: the options are wrong.
     """
     for window in windows(rows, sink.shard_rows):
         if not sink.keeps(window):
-            sink.write(window, score_window(lm, window, options))
+            sink.write(window, records_of(window))
         on_window(sink.tally)
     sink.finish()
     return sink.tally
@@ -94,14 +93,53 @@ def windows(rows: Iterable[Row], shard_rows: int | None = None) -> Iterator[list
         yield window
 
 
-def score_window(lm: MaskedLM, window: Sequence[Row], options: Mapping[str, Any]) -> list[Record]:
-    """The records of some rows, scored in one call."""
+def score_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[Row]) -> list[Record]:
+    """The records of some rows, scored in one call; ``options`` of :meth:`MaskedLM.score`."""
+    return _records(window, lambda texts: lm.score(texts, on_error="return", progress=False, **options), record_of)
+
+
+def generate_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[Row]) -> list[Record]:
+    """The records of some rows, continued in one call; ``options`` of :meth:`MaskedLM.generate`, ``seed`` among them.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; half a continuation is no record.
+    """
+    seed = options["seed"] + window[0].index  # so that a sample does not depend on how rows fall into windows
+    found = _records(
+        window,
+        lambda texts: lm.generate(texts, on_error="return", progress=False, **{**options, "seed": seed}),
+        continuation_of,
+    )
+    if any(record.get("stopped") == "interrupted" for record in found):
+        raise KeyboardInterrupt
+    return found
+
+
+def _records(
+    window: Sequence[Row],
+    compute: Callable[[list[str]], Sequence[Any]],
+    record: Callable[[Row, Any], Record],
+) -> list[Record]:
+    """The records of rows that could be read, computed in one call, and of those that could not."""
     texts = [row.text for row in window if row.error is None and row.text is not None]
-    outcomes = iter(lm.score(texts, on_error="return", progress=False, **options) if texts else [])
+    outcomes = iter(compute(texts) if texts else [])
     return [
-        {"text": row.text, "error": row.error} if row.error is not None else record_of(row, next(outcomes))
+        {"text": row.text, "error": row.error} if row.error is not None else record(row, next(outcomes))
         for row in window
     ]
+
+
+def continuation_of(row: Row, outcome: Generation | TextError) -> Record:
+    """What is written of a row: how it was continued, or ``error`` and why it was not."""
+    if isinstance(outcome, TextError):
+        return {"text": row.text, "error": f"row {row.index + 1} {outcome.reason}"}
+    return {
+        "text": row.text,
+        "continuation": outcome.text,
+        "tokens": outcome.tokens,
+        "logprobs": [float(str(x)) for x in outcome.logprobs],
+        "stopped": outcome.stopped,
+    }
 
 
 def record_of(row: Row, outcome: Score | TextError) -> Record:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from mlmfast.architectures.spec import EncoderSpec
+from mlmfast.arguments import check_on_error
 from mlmfast.budget import free_memory
 from mlmfast.cache import Cache
 from mlmfast.decoding import CONTINUATIONS, Decoder, ExactSteps, Frame, Search, Steps, WindowSteps, cache_slots
@@ -112,8 +113,10 @@ class Generating:
         logits_processor: Any,
         stopping_criteria: Any,
         seed: int | None,
+        on_error: str,
         settings: dict[str, Any],
     ) -> None:
+        check_on_error(on_error)
         self.lm = lm
         self.spec = spec
         self.prompts = list(prompts)
@@ -123,27 +126,28 @@ class Generating:
         if final_token != "auto":
             after = _final(final_token, lm.tokenizer)
         self.frame = Frame(before, num_masks, after, encoder.mask_token_id)
-        self.prompt_ids = encoder.encode_prompts(self.prompts)
         stop_ids = stop_ids_of(settings, lm.tokenizer)
         criteria = criteria_of(settings, lm.tokenizer, stopping_criteria or ())
-        copies = settings["num_return_sequences"] if settings["do_sample"] else 1
-        self.rules: list[Rules] = []
-        self.searches: list[Search] = []
-        self.owners: list[int] = []  # the prompt of each search
         seed = int(torch.randint(1 << 31, ())) if seed is None else seed
-        for i, ids in enumerate(self.prompt_ids):
-            room = self._room(i, len(ids))
-            rules = Rules(
-                settings,
-                len(ids),
-                min(settings["max_new_tokens"], room),
-                stop_ids,
-                list(logits_processor or ()),
-                criteria,
-            )
-            self.rules.append(rules)
-            for _ in range(copies):
-                self.searches.append(self._search(ids, rules, seed + len(self.searches)))
+        copies = settings["num_return_sequences"] if settings["do_sample"] else 1
+        self.errors: dict[int, TextError] = {}
+        self.searches: list[Search] = []
+        self.prompt_ids: list[list[int]] = []  # of each search, as the three below
+        self.rules: list[Rules] = []
+        self.owners: list[int] = []  # its prompt
+        for i, ids in enumerate(encoder.encode_prompts(self.prompts)):
+            room = self._room(i, ids)
+            if isinstance(ids, TextError) or isinstance(room, TextError):
+                self.errors[i] = ids if isinstance(ids, TextError) else cast(TextError, room)
+                if on_error == "raise":
+                    raise self.errors[i]
+                continue
+            most = min(settings["max_new_tokens"], room)
+            rules = Rules(settings, len(ids), most, stop_ids, list(logits_processor or ()), criteria)
+            for copy in range(copies):
+                self.searches.append(self._search(ids, rules, seed + i * copies + copy))
+                self.prompt_ids.append(ids)
+                self.rules.append(rules)
                 self.owners.append(i)
 
     def require_one(self, what: str) -> None:
@@ -158,20 +162,22 @@ class Generating:
         assert isinstance(search, GreedySearch)
         return search.line
 
-    def _room(self, prompt: int, tokens: int) -> int:
-        """How many tokens may follow a prompt."""
+    def _room(self, prompt: int, ids: list[int] | TextError) -> int | TextError:
+        """How many tokens may follow a prompt, or why none may."""
+        if isinstance(ids, TextError):
+            return ids
         longest = self.spec.max_length
         if longest is None:
-            return self.settings["max_new_tokens"]
+            return int(self.settings["max_new_tokens"])
         # The last token is predicted with the masks, not beside them.
-        room = longest - self.frame.tokens - tokens + 1
-        if room < 1:
-            raise TextError(
-                prompt,
-                f"has {tokens} tokens, which leaves no room for one more: {self.lm.name} holds {longest}, and "
-                f"{self.frame.tokens} are special tokens and masks; shorten the prompt",
-            )
-        return room
+        room = longest - self.frame.tokens - len(ids) + 1
+        if room >= 1:
+            return room
+        return TextError(
+            prompt,
+            f"has {len(ids)} tokens, which leaves no room for one more: {self.lm.name} holds {longest}, and "
+            f"{self.frame.tokens} are special tokens and masks; shorten the prompt",
+        )
 
     def _search(self, ids: list[int], rules: Rules, seed: int) -> Search:
         if rules.beams > 1:
@@ -182,6 +188,8 @@ class Generating:
 
     def run(self) -> Iterator[list[int]]:
         """Runs to the end; after each step yields the searches that took part."""
+        if not self.searches:
+            return
         with self.lm._computing():
             self.decoder = Decoder(self.searches, self._steps())
         steps = self.decoder.run()
@@ -222,23 +230,22 @@ class Generating:
             record=means["graphs"] is not None,
         )
 
-    def results(self) -> list[Generation]:
+    def results(self) -> list[Generation | TextError]:
         """What stands: finished or not, prompt by prompt in the order given, best first."""
-        found = []
+        found: dict[int, list[Generation | TextError]] = {i: [error] for i, error in self.errors.items()}
         for search, (owner, one) in enumerate(zip(self.owners, self.searches)):
-            for line in one.results():
-                found.append(self._generation(search, owner, line))
-        return found
+            found.setdefault(owner, []).extend(self._generation(search, line) for line in one.results())
+        return [one for i in range(len(self.prompts)) for one in found[i]]
 
-    def _generation(self, search: int, owner: int, line: Hypothesis) -> Generation:
-        generated = line.token_ids[len(self.prompt_ids[owner]) :]
+    def _generation(self, search: int, line: Hypothesis) -> Generation:
+        generated = line.token_ids[len(self.prompt_ids[search]) :]
         stopped = line.finished or "interrupted"
-        if stopped == "length" and self.rules[owner].most < self.settings["max_new_tokens"]:
+        if stopped == "length" and self.rules[search].most < self.settings["max_new_tokens"]:
             stopped = "room"
         ids = np.array(generated, np.int64)
         return Generation(
-            prompt=self.prompts[owner],
-            text=self.text(owner, generated),
+            prompt=self.prompts[self.owners[search]],
+            text=self.text(search, generated),
             tokens=self.lm._pieces(ids),
             token_ids=ids,
             logprobs=np.array(line.logprobs, np.float32),
@@ -248,11 +255,11 @@ class Generating:
             cache=self.manner.cache,
         )
 
-    def text(self, prompt: int, generated: list[int]) -> str:
+    def text(self, search: int, generated: list[int]) -> str:
         """Generated tokens as they read after the prompt: a piece may begin with the space that parts it from it."""
         alone, whole = (
             self.lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            for ids in (self.prompt_ids[prompt], self.prompt_ids[prompt] + generated)
+            for ids in (self.prompt_ids[search], self.prompt_ids[search] + generated)
         )
         if whole.startswith(alone):
             return whole[len(alone) :]

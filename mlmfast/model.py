@@ -343,9 +343,10 @@ class MaskedLM:
         stopping_criteria: Any = None,
         streamer: Any = None,
         seed: int | None = None,
+        on_error: str = "raise",
         progress: bool | None = None,
         **settings: Any,
-    ) -> Generation | list[Generation]:
+    ) -> Any:
         """Continues prompts by appending masks and reading the first (Samuel 2024, arXiv 2406.04823, section 2.1).
 
         Prompts of any lengths are computed together, without padding; those that have ended make room for others.
@@ -369,6 +370,8 @@ class MaskedLM:
             streamer: transformers' ``TextStreamer`` or its like, for a single prompt without beams.
             seed: of sampling. A prompt's result depends on it and on the prompt's place in the list, not on the other
                 prompts.
+            on_error: ``"raise"``, or ``"return"`` to have a :class:`TextError` stand in the place of a prompt that
+                cannot be continued.
             progress: a bar on stderr; None shows one on a terminal if it takes more than two seconds.
             settings: fields of ``GenerationConfig``: ``max_new_tokens`` (32), ``min_new_tokens``, ``num_beams``,
                 ``length_penalty``, ``early_stopping``, ``num_return_sequences``, ``do_sample``, ``temperature``,
@@ -398,6 +401,7 @@ class MaskedLM:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             seed=seed,
+            on_error=on_error,
             settings=settings,
         )
         put = None
@@ -437,7 +441,7 @@ class MaskedLM:
         """
         defaults: dict[str, Any] = {"num_masks": 3, "cache": "none", "recompute": None, "refresh": "auto"}
         defaults |= {"draft": None, "final_token": "auto", "generation_config": None, "seed": None}
-        defaults |= {"logits_processor": None, "stopping_criteria": None}
+        defaults |= {"logits_processor": None, "stopping_criteria": None, "on_error": "raise"}
         manner = {name: options.pop(name, usual) for name, usual in defaults.items()}
         if not isinstance(prompt, str):
             raise RequestError("stream() follows one prompt, one string; generate() takes a list")

@@ -111,23 +111,26 @@ class TextEncoder:
         before = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
         return tuple(whole[:before]), tuple(whole[before + len(inside) :])
 
-    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int] | TextError]:
         """Token ids of prompts, no special tokens around them; an empty prompt has none.
 
-        Raises:
-            TextError: a prompt is no text, or has a token that the model does not embed.
+        Returns:
+            For each prompt its ids, or the error that keeps it from being continued.
         """
-        for i, prompt in enumerate(prompts):
-            fault = _fault(prompt)
-            if fault is not None:
-                raise TextError(i, fault)
-        if not prompts:
-            return []
-        found = self.tokenizer(list(prompts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for i, ids in enumerate(found["input_ids"]):
+        faults = [_fault(prompt) for prompt in prompts]
+        good = [prompt for prompt, fault in zip(prompts, faults) if fault is None]
+        tokenised = iter(
+            self.tokenizer(good, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            if good
+            else []
+        )
+        found: list[list[int] | TextError] = []
+        for i, fault in enumerate(faults):
+            ids = next(tokenised) if fault is None else []
             if ids and max(ids) >= self.vocab_size:
-                raise TextError(i, self._not_embedded(max(ids)))
-        return found["input_ids"]
+                fault = self._not_embedded(max(ids))
+            found.append(ids if fault is None else TextError(i, fault))
+        return found
 
     def _not_embedded(self, token_id: int) -> str:
         culprit = self.tokenizer.convert_ids_to_tokens(token_id)

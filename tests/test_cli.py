@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 import mlmfast
 from mlmfast import cli, corpus
+from mlmfast.readers import Row
 
 # Runs the command line in a process of its own, which hears an interrupt even where a shell put this one into the
 # background, and so told it not to. SLOW makes every call of score() wait, and says so to a file.
@@ -407,6 +408,92 @@ def test_rank_prints_a_table_on_a_terminal(model: str) -> None:
     assert "'The [b]cat'" in shown  # not taken for markup
     assert shown.index(repr(record["best"])) < shown.index(repr(record["options"][record["order"][1]]))
     assert f"{max(record['values']):.4f}" in shown
+
+
+# ---- generate
+
+
+def test_generate_writes_what_the_python_interface_generates(model: str, tmp_path: Path) -> None:
+    lm = mlmfast.load(model)
+    prompt = "The cat watches"
+    expected = lm.generate(prompt, max_new_tokens=6)
+    (record,) = records(invoke("generate", prompt, "--max-new-tokens", "6", "--model", model).stdout)
+    assert record == {
+        "text": prompt,
+        "continuation": expected.text,
+        "tokens": expected.tokens,
+        "logprobs": [float(str(x)) for x in expected.logprobs],
+        "stopped": expected.stopped,
+    }
+    options = ["--num-beams", "3", "--length-penalty", "0.5", "--num-masks", "2", "--min-new-tokens", "3"]
+    found = invoke("generate", prompt, "--max-new-tokens", "6", "--model", model, *options).stdout
+    beams = lm.generate(prompt, max_new_tokens=6, num_beams=3, length_penalty=0.5, num_masks=2, min_new_tokens=3)
+    assert records(found)[0]["tokens"] == beams.tokens
+
+
+def test_generate_reads_a_file_and_survives_its_bad_rows(model: str, tmp_path: Path) -> None:
+    lm = mlmfast.load(model)
+    prompts = ["The cat watches", "a " * 60, "Every dog", "No sparrows"]
+    source = tmp_path / "prompts.txt"
+    source.write_text("\n".join(prompts) + "\n")
+    output = tmp_path / "out.jsonl"
+    arguments = ["--file", str(source), "--model", model, "--max-new-tokens", "5", "--sample", "--seed", "3"]
+    done = invoke("generate", *arguments, "--output", str(output))
+    assert done.exit_code == 1 and "4 rows, 1 with an error" in done.stderr
+    found = records(output.read_text())
+    assert [record["text"] for record in found] == prompts
+    assert "row 2 has 60 tokens, which leaves no room" in found[1]["error"]
+    for place in (0, 2, 3):
+        expected = lm.generate([*["a"] * place, prompts[place]], max_new_tokens=5, do_sample=True, seed=3)[place]
+        assert found[place]["tokens"] == expected.tokens
+    window = invoke("generate", "--file", str(source), "--model", model, "--cache", "window", "--max-new-tokens", "2")
+    assert "cache window (approximate)" in window.stderr
+
+
+def test_a_window_of_rows_that_was_interrupted_is_not_written(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = mlmfast.load(model)
+
+    def interrupted(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlmfast.decoding.found_in", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.generate_window(lm, {"seed": 0}, [Row(0, "The cat")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a prompt or --file, and not both"),
+        (["The cat", "--file", "x"], "give a prompt or --file, and not both"),
+        (["The cat", "--output", "x"], "--output is for the rows of --file"),
+        (["The cat", "--num-masks", "0"], "num_masks=0 predicts nothing"),
+        (["The cat", "--num-beams", "2", "--sample"], "beam search does not sample"),
+        (["The cat", "--cache", "all"], "cache='all' is not known"),
+        (["a " * 60], "leaves no room for one more"),
+    ],
+)
+def test_a_wrong_generation_is_one_line_and_status_2(model: str, arguments: list[str], message: str) -> None:
+    result = invoke("generate", *arguments, "--model", model)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stdout == ""
+    assert len(result.stderr.strip().split("\n")) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_generate_shows_the_text_on_a_terminal(model: str) -> None:
+    import pty
+
+    parent, child = pty.openpty()
+    root = str(Path(mlmfast.__file__).parents[1])
+    command = [sys.executable, "-c", DRIVER, "generate", "The cat", "--model", model, "--max-new-tokens", "5"]
+    environment = os.environ | {"PYTHONPATH": root, "NO_COLOR": "1", "COLUMNS": "80"}
+    process = subprocess.Popen(command, env=environment, stdout=child, stdin=child, stderr=subprocess.PIPE)
+    os.close(child)
+    assert process.wait(timeout=60) == 0
+    shown = os.read(parent, 10_000).decode()
+    os.close(parent)
+    assert shown.strip() == str(mlmfast.load(model).generate("The cat", max_new_tokens=5)).strip()
 
 
 # ---- doctor

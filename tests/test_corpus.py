@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlmfast import corpus
-from mlmfast.corpus import open_sink, score_rows, windows
+from mlmfast.corpus import open_sink, score_window, windows, write_rows
 from mlmfast.errors import RequestError, TextError
 from mlmfast.readers import Row
 from mlmfast.results import Score
@@ -80,7 +81,7 @@ def test_records(tmp_path: Path) -> None:
         Row(3, "half \ud83d", "row 4 holds U+D83D"),
     ]
     sink = open_sink(str(tmp_path / "out.jsonl"), {}, 10, io.BytesIO())
-    tally = score_rows(WordModel(), rows, sink, {})
+    tally = write_rows(rows, sink, partial(score_window, WordModel(), {}))
     first, *bad = lines(tmp_path / "out.jsonl")
     assert list(first) == ["text", "pll", "tokens", "logprobs", "perplexity"]
     assert np.float32(first["logprobs"]).tolist() == np.float32([-1 / 3, -1]).tolist()
@@ -117,7 +118,7 @@ def run(output: str, model: WordModel, texts: list[str] = TEXTS, request: Any = 
     """One run as the command makes it: an interrupted one ends in close()."""
     sink = open_sink(output, request or {"model": "words"}, shard_rows, io.BytesIO())
     try:
-        return score_rows(model, rows_of(texts), sink, {})
+        return write_rows(rows_of(texts), sink, partial(score_window, model, {}))
     except KeyboardInterrupt:
         return sink.close()
 
