@@ -181,6 +181,9 @@ def rank(
         str, typer.Option(help="none, tokens (a token's mean), or unconditional (less the score without the prompt).")
     ] = "none",
     unconditional_prompt: Annotated[str, typer.Option(help="Stands for the prompt in unconditional.")] = "",
+    cache: Annotated[
+        str, typer.Option(help="none (exact) or prefix (approximate: the prompt is computed once, options masked).")
+    ] = "none",
     batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -209,6 +212,7 @@ def rank(
             raise RequestError(f"--normalize {normalize} is not known; choose {', '.join(ranking.NORMALIZATIONS)}")
         settings: dict[str, Any] = {"metric": metric, "window": window, "stride": stride, "temperature": temperature}
         settings |= {"normalize": ranking.NORMALIZATIONS[normalize], "unconditional_prompt": unconditional_prompt}
+        settings["cache"] = cache
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
         questions: Iterable[ranking.Question] | None = ranking.read_questions(file) if file else None
@@ -366,7 +370,9 @@ def _print_ranking(result: Ranking, metric: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(repr(result.prompt)), caption=f"metric {metric}, normalize {result.normalize or 'none'}")
+    manner = f"metric {metric}, normalize {result.normalize or 'none'}"
+    manner += "" if result.cache == "none" else f", cache {result.cache} (approximate)"
+    table = Table(title=Text(repr(result.prompt)), caption=manner)
     for name in ("option", "value", "share", "tokens"):
         table.add_column(name, justify="left" if name == "option" else "right")
     for i in result.order:

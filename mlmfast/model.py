@@ -30,6 +30,7 @@ from mlmfast.generation import Generating, streaming
 from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan, check_metric, make_plan
 from mlmfast.packing import PackedBatch
+from mlmfast.prefix import compute_after_prefix
 from mlmfast.results import Distribution, Fill, Generation, Ranking, Score
 from mlmfast.tokenization import EncodedText, TextEncoder
 
@@ -136,6 +137,7 @@ class MaskedLM:
         truncation: str | None = None,
         on_error: str = "raise",
         progress: bool | None = None,
+        _prefix: bool = False,
     ) -> list[Score]:
         """Pseudo-log-likelihoods, token by token.
 
@@ -179,7 +181,7 @@ class MaskedLM:
 
         masking = {"metric": metric, "window": window, "stride": stride}
         read = read_logprobs(temperature, ranks, entropies)
-        return self._each(texts, spans, truncation, on_error, progress, masking, read, make)
+        return self._each(texts, spans, truncation, on_error, progress, masking, read, make, prefix=_prefix)
 
     def score_continuations(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[Score]:
         """Scores only the continuations, each in the context of its prefix.
@@ -205,6 +207,7 @@ class MaskedLM:
         metric: str = "window",
         normalize: str | None = None,
         unconditional_prompt: str = "",
+        cache: str = "none",
         **scoring: Any,
     ) -> Ranking:
         """Ranks continuations of a prompt by their PLL in its context.
@@ -217,6 +220,8 @@ class MaskedLM:
                 ``"unconditional"`` subtracts its PLL after ``unconditional_prompt`` (GPT-3's correction for options
                 that are likely anyway).
             unconditional_prompt: such as ``"Answer:"``.
+            cache: ``"none"``: exact. ``"prefix"``: **approximate**, the prompt's states are computed once, with masks
+                in the options' place, and each copy computes the option's rows only; pays for long prompts.
             scoring: further arguments of :meth:`score`. ``truncation="left"`` shortens the prompt; ``"right"`` would
                 cut the options and is refused.
 
@@ -225,16 +230,17 @@ class MaskedLM:
             TextError: an option cannot be scored; its index is the option's.
         """
         options = listed_options(options, normalize, scoring)
-        scores = self.score_continuations([(prompt, option) for option in options], metric=metric, **scoring)
+        if cache not in ("none", "prefix"):
+            raise RequestError(f"cache={cache!r} is not known; choose 'none' (exact) or 'prefix' (approximate)")
+        scoring |= {"metric": metric, "_prefix": cache == "prefix"}
+        scores = self.score_continuations([(prompt, option) for option in options], **scoring)
         values = np.array([score.total for score in scores])
         if normalize == "tokens":
             values = np.array([score.mean for score in scores])
         elif normalize == "unconditional":
-            alone = self.score_continuations(
-                [(unconditional_prompt, option) for option in options], metric=metric, **scoring
-            )
+            alone = self.score_continuations([(unconditional_prompt, option) for option in options], **scoring)
             values = values - np.array([score.total for score in alone])
-        return Ranking(prompt, options, scores, values, normalize)
+        return Ranking(prompt, options, scores, values, normalize, cache)
 
     def distributions(
         self,
@@ -506,6 +512,7 @@ class MaskedLM:
         read: Reader,
         make: Callable[[EncodedText, np.ndarray, dict[str, np.ndarray]], Any],
         scores_masks: bool = False,
+        prefix: bool = False,
     ) -> list[Any]:
         """Texts -> plan -> batches -> encoder -> ``read`` -> ``make``, a window of texts at a time."""
         texts = listed(texts, "texts")
@@ -532,7 +539,8 @@ class MaskedLM:
         )
         sequences = [cast(EncodedText, encoded[i]).sequence for i in good]
         with bar, self._computing():
-            computed = compute(
+            way = compute_after_prefix if prefix else compute
+            computed = way(
                 spec,
                 sequences,
                 encoder.mask_token_id,

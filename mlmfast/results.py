@@ -107,6 +107,7 @@ class Ranking:
         values: float64 ``[len(options)]``, what the ranking compares: the total PLL in nats, divided by the
             number of tokens or lowered by the unconditional PLL where ``normalize`` asks for it.
         normalize: None, ``"tokens"`` or ``"unconditional"``.
+        cache: ``"none"``: exact; ``"prefix"``: approximate.
     """
 
     prompt: str
@@ -114,6 +115,7 @@ class Ranking:
     scores: list[Score]
     values: np.ndarray
     normalize: str | None = None
+    cache: str = "none"
 
     @property
     def order(self) -> list[int]:
@@ -135,7 +137,8 @@ class Ranking:
         return len(self.options)
 
     def __repr__(self) -> str:
-        return f"Ranking({_excerpt(self.prompt)}, best={self.best!r}, options={len(self)})"
+        approximate = "" if self.cache == "none" else f", cache={self.cache!r} (approximate)"
+        return f"Ranking({_excerpt(self.prompt)}, best={self.best!r}, options={len(self)}{approximate})"
 
     def __str__(self) -> str:
         shares = self.probabilities
