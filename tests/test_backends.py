@@ -13,8 +13,7 @@ from checkpoints import small_bert
 from transformers import PreTrainedTokenizerBase
 
 import mlmfast
-from mlmfast import backends, cpu, doctor
-from mlmfast.cpu import products
+from mlmfast import backends, cpu, doctor, machine
 from mlmfast.errors import BackendError
 from mlmfast.ops.linear import linear
 from mlmfast.ops.masked_embedding import masked_embedding
@@ -88,25 +87,7 @@ def test_without_the_extension(fresh: None, monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_extension_that_does_not_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_extension.py").write_text("raise ImportError('undefined symbol: moon')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert cpu._load("broken_extension") == "does not load (undefined symbol: moon)"
-    assert cpu._load("absent_extension") == "is not installed"
-
-
-def test_doctor_shows_the_products(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = doctor.examine()
-    assert findings["cpu"]["missing"] == cpu.extension_missing()
-    assert findings["dtypes"]["cpu"]["float64"] == ["reference"]
-    assert "cpu" in findings["dtypes"]["cpu"]["float32"]
-    kinds = findings["cpu"]["products"]
-    assert [(kind["dtype"], kind["activation"]) for kind in kinds] == [
-        ("float32", False),
-        ("float32", True),
-        ("bfloat16", False),
-        ("bfloat16", True),
-    ]
-    for kind in kinds:
-        chosen = products.choice(getattr(torch, kind["dtype"]), kind["activation"])
-        assert kind["reason"] == chosen.reason
-        assert kind["packed"] == kind["reason"].startswith("packed")
-    doctor.show(findings)
-    assert "bfloat16 products + GELU" in capsys.readouterr().out
+    assert machine.extension("broken_extension") == "does not load (undefined symbol: moon)"
+    assert machine.extension("absent_extension") == "is not installed"
+    (tmp_path / "ancient_extension.py").touch()  # of before there were versions
+    assert machine.extension("ancient_extension") == 0
