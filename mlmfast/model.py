@@ -144,7 +144,8 @@ class MaskedLM:
             window: positions masked by ``"window"``.
             stride: copies a text of ``"strided"``.
             spans: for each text the characters ``(start, end)`` to score, or None for all. A token is scored if it
-                ends beyond ``start`` and begins before ``end``; an ``end`` of None is open.
+                ends beyond ``start`` and begins before ``end``; an ``end`` of None is open, one beyond the text an
+                error.
             temperature: divides the logits.
             ranks: also the rank of each token among the vocabulary.
             entropies: also the entropy of the distribution at each token.
