@@ -176,14 +176,17 @@ def cuda_file(target: Path) -> list[str]:
     command = f"{quoted(nvcc(), *device, *includes())} -MMD -MF $out.d -c $in -o $out"
     runtime = cuda_folder() / "lib64" / "libcudart_static.a"
     lines = [*rule("compile", compile_command(), dependencies=True), *rule("nvcc", command, dependencies=True)]
-    # The CUDA half of torch is not linked: beside a CPU build of torch it is not there, and the one that runs the
-    # extension has it loaded.
-    lines += rule("link", linked("-ltorch_cpu", runtime, "-lpthread", "-ldl", "-lrt"))
+    # The extension must name torch's CUDA half as what it needs: torch loads that for itself alone, and a library sees
+    # its own dependencies. Beside a CPU build of torch it is not there, so an empty one of that name stands in.
+    needed = ["-Wl,--no-as-needed", "libtorch_cuda.so"]
+    lines += rule("name", f"{quoted(*compiler(), '-shared', '-Wl,-soname,libtorch_cuda.so', '-x', 'c++')} $in -o $out")
+    lines += build("libtorch_cuda.so", "name", os.devnull)
+    lines += rule("link", linked("-ltorch_cpu", runtime, "-lpthread", "-ldl", "-lrt", *needed))
     objects = []
     for source in sorted(Path("csrc/cuda").glob("*.c*")):
         objects.append(f"{source.stem}.o")
         lines += build(objects[-1], "nvcc" if source.suffix == ".cu" else "compile", escaped(source.resolve()))
-    return [*lines, *build(escaped(target), "link", " ".join(objects))]
+    return [*lines, *build(escaped(target), "link", f"{' '.join(objects)} | libtorch_cuda.so")]
 
 
 def nvcc() -> Path:
