@@ -210,7 +210,7 @@ def cuda_folder() -> Path:
 
 
 def architectures() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, and PTX of the last one for GPUs that come after."""
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, and PTX of the newest for GPUs that come after."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or ["8.0", "9.0a"]
     flags = []
     for entry in listed:
@@ -218,7 +218,9 @@ def architectures() -> list[str]:
         if not re.fullmatch(r"\d{2,3}[af]?", number):
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is no compute capability like 8.0 or 9.0a")
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-    newest = re.sub(r"\D", "", listed[-1])  # PTX of an architecture-specific one runs on that alone
+    newest = max(
+        int(re.sub(r"\D", "", entry)) for entry in listed
+    )  # PTX of an architecture-specific one runs on that alone
     return [*flags, "-gencode", f"arch=compute_{newest},code=compute_{newest}"]
 
 

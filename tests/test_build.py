@@ -66,10 +66,10 @@ def outcomes(done: subprocess.CompletedProcess[str]) -> list[str]:
     ("variables", "expected"),
     [
         (
-            {"CXX": "{}/compiler", "CUDA_HOME": "{}", "MLMFAST_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a"},
+            {"CXX": "{}/compiler", "CUDA_HOME": "{}", "MLMFAST_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a 8.0"},
             [
                 "mlmfast._cpu: built for portable",
-                "mlmfast._cuda: built for sm_80, sm_90a and the PTX of compute_90, by {}/bin/nvcc",
+                "mlmfast._cuda: built for sm_90a, sm_80 and the PTX of compute_90, by {}/bin/nvcc",
             ],
         ),
         (
