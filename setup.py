@@ -218,9 +218,8 @@ def architectures() -> list[str]:
         if not re.fullmatch(r"\d{2,3}[af]?", number):
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is no compute capability like 8.0 or 9.0a")
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-    newest = max(
-        int(re.sub(r"\D", "", entry)) for entry in listed
-    )  # PTX of an architecture-specific one runs on that alone
+    # Not of an architecture-specific one, whose PTX runs on that alone.
+    newest = max(int(re.sub(r"\D", "", entry)) for entry in listed)
     return [*flags, "-gencode", f"arch=compute_{newest},code=compute_{newest}"]
 
 
