@@ -92,9 +92,10 @@ def show(findings: dict[str, Any]) -> None:
     facts.add_row("cuda extension", Text(extension["missing"] or f"version {extension['version']}"))
     facts.add_row("families", ", ".join(findings["families"]))
     console.print(facts)
+    said = {findings[name]["missing"]: f"see {name} extension" for name in ("cpu", "cuda") if findings[name]["missing"]}
     for device, served in findings["backends"].items():
         for names, services in _alike(served):
-            _show_services(console, f"{names} on {device}", services, findings["cuda"]["missing"])
+            _show_services(console, f"{names} on {device}", services, said)
 
 
 def _alike(served: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -110,8 +111,8 @@ def _alike(served: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict
     return groups
 
 
-def _show_services(console: Console, title: str, services: list[dict[str, Any]], said: str | None) -> None:
-    """A table with a row an op; one line where the same is true of all. ``said`` stands above, by cuda extension."""
+def _show_services(console: Console, title: str, services: list[dict[str, Any]], said: dict[str, str]) -> None:
+    """A table with a row an op; one line where the same is true of all. ``said``: what stands above -> where."""
     if all(service | {"op": ""} == services[0] | {"op": ""} for service in services):
         console.print(Text(f"\n{title}: {services[0]['backend']} serves every op ({services[0]['reason']})"))
         return
@@ -119,7 +120,8 @@ def _show_services(console: Console, title: str, services: list[dict[str, Any]],
     above = ""
     for service in services:
         reason = ": ".join(filter(None, [service["reason"], service["limits"]]))
-        reason = reason.replace(said, "see cuda extension") if said else reason
+        for sentence, place in said.items():
+            reason = reason.replace(sentence, place)
         repeated = reason == above and len(reason) > 80
         table.add_row(service["op"], service["backend"], Text("as above" if repeated else reason))
         above = reason

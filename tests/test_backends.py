@@ -67,7 +67,9 @@ def test_an_embedding_is_served_by_the_dtype_of_its_table() -> None:
         masked_embedding(rows, rows[:0], 0, torch.ones(2, 2, dtype=torch.float64))
 
 
-def test_without_the_extension(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cpu, "_problem", "is not installed")
     assert cpu.missing("linear") is None
     assert backends.choose("linear", "cpu", torch.float32).backend == "cpu"
@@ -81,7 +83,9 @@ def test_without_the_extension(fresh: None, monkeypatch: pytest.MonkeyPatch) -> 
     findings = doctor.examine()
     assert findings["cpu"]["missing"] == refusal
     assert findings["cpu"]["instructions"] is None
+    monkeypatch.setenv("COLUMNS", "2000")
     doctor.show(findings)
+    assert capsys.readouterr().out.count(cpu.REMEDY) == 1
 
 
 def test_an_extension_that_does_not_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
