@@ -51,6 +51,11 @@ def shown(findings: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypa
     return capsys.readouterr().out
 
 
+def table_of(text: str) -> list[str]:
+    """The lines after the title of the GPU's narrow dtypes; a CPU without its extension has a table above."""
+    return text.partition("\nbfloat16 and float16 on cuda")[2].splitlines()
+
+
 def served(findings: dict[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
     """op -> who serves it on the GPU in a dtype."""
     services = findings["backends"]["cuda"][dtype]
@@ -107,7 +112,7 @@ def test_with_a_gpu_and_no_extension_that_serves(
     assert "NVIDIA H200, 141.0 GiB, capability 9.0" in text
     (row,) = (line for line in text.splitlines() if line.startswith("cuda extension"))
     assert missing in row
-    (row,) = (line for line in text.splitlines() if f" {OP} " in line)
+    (row,) = (line for line in table_of(text) if line.startswith(f"│ {OP} "))
     assert " triton " in row and "see cuda extension" in row
     assert text.count(cuda.REMEDY) == 1
     assert "float32 on cuda: triton serves every op (cuda takes float16 and bfloat16, not float32)" in text
@@ -126,7 +131,7 @@ def test_with_a_gpu_and_the_extension(
     found = served(findings, "bfloat16")
     assert found[OP]["backend"] == "cuda"
     for op, service in found.items():
-        (row,) = (line for line in text.splitlines() if f" {op} " in line)
+        (row,) = (line for line in table_of(text) if line.startswith(f"│ {op} "))
         if service["backend"] == "cuda":
             assert service["reason"] == "first choice on cuda"
             assert service["limits"] == backends.limits(op, "cuda") and "triton" in service["limits"]
