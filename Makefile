@@ -33,7 +33,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(USABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-all lint format bench bench-cpu figure gpu-test gpu-bench gpu-tune kernel-resources tiny clean
+.PHONY: demo test test-all lint format wheel bench bench-cpu figure gpu-test gpu-bench gpu-tune kernel-resources tiny clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -53,6 +53,13 @@ lint: $(VENV)/.installed-lint
 format: $(VENV)/.installed-lint
 	$(PY) -m ruff check --fix $(LINTED)
 	$(PY) -m ruff format $(LINTED)
+
+# One wheel for torch 2.10 and later and every Python from 3.10, in dist/. The CUDA extension is in it where nvcc is beside a
+# torch with CUDA; MLMFAST_BUILD_CUDA=1 builds it beside any torch, and without nvcc is an error. What an earlier build
+# left in build/lib would be packed too.
+wheel: $(VENV)/.builds
+	rm -rf build/lib* build/bdist*
+	MLMFAST_BUILD_CPU=1 $(PY) -m build --wheel --no-isolation --outdir dist .
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/mlmfast bench pll
@@ -126,6 +133,11 @@ $(VENV)/.created:
 $(VENV)/.torch: $(VENV)/.created
 	@echo "Installing $(TORCH) (200 MB to some GB: once, a few minutes)"
 	@$(PIP) $(TORCH_FLAGS) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.builds: $(VENV)/.torch
+	@echo "Installing what builds a wheel"
+	@$(PIP) build "setuptools>=77" ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*)

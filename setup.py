@@ -3,9 +3,9 @@
 They need a C++17 compiler and torch's headers, and no torch at build time: they are written to LibTorch's stable ABI,
 so one binary serves torch 2.10 and later and every Python from 3.10 (a free-threaded one has its own). The one in
 csrc/cuda needs nvcc besides, and is built beside a torch that has CUDA. Where something is missing, the package is
-installed without the extension (`mlmfast doctor` says so). MLMFAST_BUILD_CPU=1 and MLMFAST_BUILD_CUDA=1 make that an
-error, =0 builds none, auto is the default; MLMFAST_BUILD_CUDA=1 builds beside any torch.
-TORCH_CUDA_ARCH_LIST="8.0;9.0a" says for which GPUs.
+installed without the extension. A line for each says what was done (pip shows it with -v), `mlmfast doctor` what is
+there. MLMFAST_BUILD_CPU=1 and MLMFAST_BUILD_CUDA=1 make a missing one an error, =0 builds none, auto is the default;
+MLMFAST_BUILD_CUDA=1 builds beside any torch. TORCH_CUDA_ARCH_LIST="8.0;9.0a" says for which GPUs.
 """
 
 from __future__ import annotations
@@ -110,14 +110,11 @@ def ninja() -> str:
 def paths_of(cxx: list[str]) -> dict[str, list[str]]:
     """The instruction sets that the compiler knows."""
     probe = [*cxx, "-fsyntax-only", "-x", "c++", os.devnull]
-    known = {
+    return {
         path: flags
         for path, flags in PATHS.items()
         if subprocess.run([*probe, *flags], capture_output=True, check=False).returncode == 0
     }
-    for path in PATHS.keys() - known.keys():
-        print(f"{' '.join(cxx)} cannot compile for {path}: left out", file=sys.stderr)
-    return known
 
 
 def escaped(path: Path | str) -> str:
@@ -179,14 +176,17 @@ def cuda_file(target: Path) -> list[str]:
     command = f"{quoted(nvcc(), *device, *includes())} -MMD -MF $out.d -c $in -o $out"
     runtime = cuda_folder() / "lib64" / "libcudart_static.a"
     lines = [*rule("compile", compile_command(), dependencies=True), *rule("nvcc", command, dependencies=True)]
-    # The CUDA half of torch is not linked: beside a CPU build of torch it is not there, and the one that runs the
-    # extension has it loaded.
-    lines += rule("link", linked("-ltorch_cpu", runtime, "-lpthread", "-ldl", "-lrt"))
+    # The extension must name torch's CUDA half as what it needs: torch loads that for itself alone, and a library sees
+    # its own dependencies. Beside a CPU build of torch it is not there, so an empty one of that name stands in.
+    needed = ["-Wl,--no-as-needed", "libtorch_cuda.so"]
+    lines += rule("name", f"{quoted(*compiler(), '-shared', '-Wl,-soname,libtorch_cuda.so', '-x', 'c++')} $in -o $out")
+    lines += build("libtorch_cuda.so", "name", os.devnull)
+    lines += rule("link", linked("-ltorch_cpu", runtime, "-lpthread", "-ldl", "-lrt", *needed))
     objects = []
     for source in sorted(Path("csrc/cuda").glob("*.c*")):
         objects.append(f"{source.stem}.o")
         lines += build(objects[-1], "nvcc" if source.suffix == ".cu" else "compile", escaped(source.resolve()))
-    return [*lines, *build(escaped(target), "link", " ".join(objects))]
+    return [*lines, *build(escaped(target), "link", f"{' '.join(objects)} | libtorch_cuda.so")]
 
 
 def nvcc() -> Path:
@@ -210,7 +210,7 @@ def cuda_folder() -> Path:
 
 
 def architectures() -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, and PTX of the last one for GPUs that come after."""
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, and PTX of the newest for GPUs that come after."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or ["8.0", "9.0a"]
     flags = []
     for entry in listed:
@@ -218,8 +218,24 @@ def architectures() -> list[str]:
         if not re.fullmatch(r"\d{2,3}[af]?", number):
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {entry!r} is no compute capability like 8.0 or 9.0a")
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-    newest = re.sub(r"\D", "", listed[-1])  # PTX of an architecture-specific one runs on that alone
+    # Not of an architecture-specific one, whose PTX runs on that alone.
+    newest = max(int(re.sub(r"\D", "", entry)) for entry in listed)
     return [*flags, "-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+
+
+def parts(name: str) -> str:
+    """What an extension is compiled for, in words."""
+    if name == "mlmfast._cpu":
+        known = paths_of(compiler())
+        unknown = [path for path in PATHS if path not in known]
+        lacking = f"; {' '.join(compiler())} does not know {', '.join(unknown)}" if unknown else ""
+        return ", ".join(known) + lacking
+    codes = [flag.rpartition("code=")[2] for flag in architectures() if "code=" in flag]
+    return f"{', '.join(codes[:-1])} and the PTX of {codes[-1]}, by {nvcc()}"
+
+
+def say(name: str, outcome: str) -> None:
+    print(f"{name}: {outcome}", file=sys.stderr, flush=True)
 
 
 class BuildWithNinja(build_ext):
@@ -234,9 +250,7 @@ class BuildWithNinja(build_ext):
             except subprocess.CalledProcessError as error:
                 if wish(extension.name) == "1":
                     raise SystemExit(f"{extension.name} does not compile: {error}") from error
-                print(
-                    f"{extension.name} does not compile (see above): installed without it, so slower", file=sys.stderr
-                )
+                say(extension.name, "left out: it does not compile (see above)")
                 self.extensions.remove(extension)  # nothing to copy, nothing to list
 
     def _build(self, extension: setuptools.Extension) -> None:
@@ -247,22 +261,29 @@ class BuildWithNinja(build_ext):
         lines = FILES[extension.name](target)
         Path(work, "build.ninja").write_text("\n".join([*lines, ""]))
         subprocess.run([ninja(), "-C", str(work)], check=True)
+        say(extension.name, f"built for {parts(extension.name)}")
 
 
 FILES = {"mlmfast._cpu": cpu_file, "mlmfast._cuda": cuda_file}
 
 
+def variable(name: str) -> str:
+    """Where the environment says whether an extension is wanted."""
+    return f"MLMFAST_BUILD_{name.rpartition('_')[2].upper()}"
+
+
 def wish(name: str) -> str:
     """Whether an extension is wanted: ``"auto"``, ``"0"`` or ``"1"``."""
-    variable = f"MLMFAST_BUILD_{name.rpartition('_')[2].upper()}"
-    wished = os.environ.get(variable, "auto")
+    wished = os.environ.get(variable(name), "auto")
     if wished not in ("auto", "0", "1"):
-        raise SystemExit(f"{variable}={wished} is none of auto, 0, 1")
+        raise SystemExit(f"{variable(name)}={wished} is none of auto, 0, 1")
     return wished
 
 
 def check_tools(name: str) -> None:
-    """Raises MissingTool for the first thing that an extension cannot be built without."""
+    """Raises MissingTool for the first thing that an extension cannot be built without, the wish for it among them."""
+    if wish(name) == "0":
+        raise MissingTool(f"{variable(name)}=0")
     if os.name == "nt":
         raise MissingTool("the extensions are written for GCC and clang")
     torch_folder(), python_headers(), compiler(), ninja()
@@ -275,15 +296,16 @@ def check_tools(name: str) -> None:
 def extensions() -> list[setuptools.Extension]:
     """Those that can be built; without any the package is pure Python, and its wheel says so."""
     found = []
+    # What only asks for metadata, before a build, would say the same once more.
+    building = not {"egg_info", "dist_info", "sdist"} & set(sys.argv)
     for name in FILES:
-        if wish(name) == "0":
-            continue
         try:
             check_tools(name)
         except MissingTool as error:
             if wish(name) == "1":
                 raise SystemExit(f"{name} cannot be built: {error}") from error
-            print(f"mlmfast is installed without its extension {name}: {error}", file=sys.stderr)
+            if building:
+                say(name, f"left out: {error}")
         else:
             found.append(setuptools.Extension(name, sources=[], py_limited_api=LIMITED))
     return found

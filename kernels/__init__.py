@@ -6,7 +6,7 @@ in the environment when they are imported, the kernels run in Triton's interpret
 
 from __future__ import annotations
 
-import torch
+from mlmfast import machine
 
 # Tensor cores for bfloat16, which the kernels' products are written for, begin with this one.
 LEAST_CAPABILITY = (8, 0)
@@ -24,10 +24,5 @@ def missing(op: str, device: str) -> str | None:
         return None if interpreted else needed
     if interpreted:
         return "TRITON_INTERPRET=1 is in the environment: triton's kernels are interpreted, on a CPU"
-    if torch.version.hip is not None:
-        return "triton's kernels here were never run on AMD's GPUs"
-    capability = torch.cuda.get_device_capability()
-    if capability < LEAST_CAPABILITY:
-        least, found = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
-        return f"triton's kernels need compute capability {least} or newer, and this GPU has {found}"
-    return None
+    unfit = machine.gpu_problem(LEAST_CAPABILITY)
+    return None if unfit is None else f"triton's kernels {unfit}"

@@ -3,7 +3,8 @@
 An op has one name everywhere: ``mlmfast.ops.<op>`` holds its schema, and a backend that serves it has a module
 ``<package>.<op>`` with a function ``<op>`` of the same signature. A backend is chosen by the device and dtype of an
 op's first floating-point tensor, in the order of :data:`BACKENDS`, unless :func:`forced` names one. A backend's package
-may have a function ``missing(op, device)`` that says why it cannot serve an op on this machine, or None.
+may have a function ``missing(op, device)`` that says why it cannot serve an op on this machine, or None. The module of
+an op that hands some shapes to the next backend says in a text ``LIMITS`` which it takes itself.
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def choose(op: str, device: str, dtype: torch.dtype, name: str | None = None) ->
         return Service(op, name, "asked for by name")
     refusals: list[str] = []
     for backend in BACKENDS:
+        if backend.devices is not None and device not in backend.devices:
+            continue  # no reason that anyone asks for
         refusal = backend.refusal(op, device, dtype)
         if refusal is None:
             return Service(op, backend.name, "; ".join(refusals) or f"first choice on {device}")
@@ -123,6 +126,11 @@ def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Serv
         BackendError: a backend is :func:`forced` that cannot serve them all.
     """
     return [choose(op, device, dtype, _forced.get()) for op in OPS]
+
+
+def limits(op: str, name: str) -> str | None:
+    """What else than device and dtype decides whether a backend computes an op itself: its LIMITS; None if nothing."""
+    return getattr(importlib.import_module(f"{_named(name).package}.{op}"), "LIMITS", None)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlmfast import __version__, backends, cpu
+from mlmfast import __version__, backends, cpu, cuda, machine
 from mlmfast.architectures import FAMILIES
 from mlmfast.cpu import products
 
@@ -29,14 +29,16 @@ def examine() -> dict[str, Any]:
 
     Returns:
         ``versions``: package -> version, None if it is not installed. ``machine``: processor, cores, threads,
-        instructions, memory_bytes. ``gpus``: name, memory_bytes, capability of each. ``backends``: device -> a list of
-        op, backend, reason, for float32. ``dtypes``: device -> dtype -> the backends that serve it. ``cpu``: the cpu
-        backend's ``instructions`` (None without the compiled extension), what is ``missing`` and what it costs (None if
-        nothing is), and ``products``: for each dtype, with an activation and without, which kind was chosen by
-        measuring, its reason and both rates in GFLOP/s. ``families``: model types that load.
+        instructions, memory_bytes. ``gpus``: name, memory_bytes, capability of each, the one that decides first.
+        ``backends``: device -> dtype -> a list of op, backend, reason, limits (what the backend takes itself, None for
+        everything). ``cpu``: the cpu backend's ``instructions`` (None without the compiled extension), what is
+        ``missing`` and what it costs (None if nothing is), and ``products``: for each dtype, with an activation and
+        without, which kind was chosen by measuring, its reason and both rates in GFLOP/s. ``cuda``: the ``version`` of
+        the cuda backend's extension (None where it does not serve), what is ``missing`` and the remedy. ``families``:
+        model types that load.
     """
-    cuda = torch.cuda.is_available()
-    devices = ("cpu", "cuda") if cuda else ("cpu",)
+    gpus = machine.gpus()
+    without_cuda = cuda.missing("", "cuda")
     return {
         "versions": {"mlmfast": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
@@ -48,20 +50,17 @@ def examine() -> dict[str, Any]:
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "memory_bytes": _memory_bytes(),
         },
-        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if cuda else [],
-        "backends": {device: [asdict(service) for service in backends.report(device)] for device in devices},
-        "dtypes": {
-            device: {
-                backends.dtype_name(dtype): sorted({service.backend for service in backends.report(device, dtype)})
-                for dtype in DTYPES
-            }
-            for device in devices
+        "gpus": [asdict(gpu) | {"capability": ".".join(map(str, gpu.capability))} for gpu in gpus],
+        "backends": {
+            device: {backends.dtype_name(dtype): _services(device, dtype) for dtype in DTYPES}
+            for device in (["cpu", "cuda"] if gpus else ["cpu"])
         },
         "cpu": {
             "instructions": cpu.instructions(),
             "missing": cpu.extension_missing(),
             "products": [_products(dtype, fused) for dtype in products.PACKED_DTYPES for fused in (False, True)],
         },
+        "cuda": {"version": None if without_cuda else cuda.VERSION, "missing": without_cuda},
         "families": sorted(FAMILIES),
     }
 
@@ -89,20 +88,51 @@ def show(findings: dict[str, Any]) -> None:
             f"{kind['dtype']} products" + (" + GELU" if kind["activation"] else ""),
             Text(kind["reason"] + (rates if kind["packed_gflops"] else "")),
         )
+    extension = findings["cuda"]
+    facts.add_row("cuda extension", Text(extension["missing"] or f"version {extension['version']}"))
     facts.add_row("families", ", ".join(findings["families"]))
     console.print(facts)
-    for device, services in findings["backends"].items():
-        table = Table("op", "backend", "why", title=f"\non {device}, float32", title_justify="left")
-        above = ""
-        for service in services:
-            reason = service["reason"]
-            repeated = reason == above and len(reason) > 80
-            table.add_row(service["op"], service["backend"], Text("as above" if repeated else reason))
-            above = reason
-        console.print(table)
-        for dtype, names in findings["dtypes"][device].items():
-            if dtype != "float32":
-                console.print(f"{dtype} on {device}: {', '.join(names)}")
+    said = {findings[name]["missing"]: f"see {name} extension" for name in ("cpu", "cuda") if findings[name]["missing"]}
+    for device, served in findings["backends"].items():
+        for names, services in _alike(served):
+            _show_services(console, f"{names} on {device}", services, said)
+
+
+def _alike(served: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Dtypes served by the same backends for the same reasons, under one name: ``"bfloat16 and float16"``."""
+    groups: list[tuple[str, list[dict[str, Any]]]] = []
+    for dtype, services in served.items():
+        for i, (names, others) in enumerate(groups):
+            if others == services:
+                groups[i] = (f"{names} and {dtype}", others)
+                break
+        else:
+            groups.append((dtype, services))
+    return groups
+
+
+def _show_services(console: Console, title: str, services: list[dict[str, Any]], said: dict[str, str]) -> None:
+    """A table with a row an op; one line where the same is true of all. ``said``: what stands above -> where."""
+    if all(service | {"op": ""} == services[0] | {"op": ""} for service in services):
+        console.print(Text(f"\n{title}: {services[0]['backend']} serves every op ({services[0]['reason']})"))
+        return
+    table = Table("op", "backend", "why", title=f"\n{title}", title_justify="left")
+    above = ""
+    for service in services:
+        reason = ": ".join(filter(None, [service["reason"], service["limits"]]))
+        for sentence, place in said.items():
+            reason = reason.replace(sentence, place)
+        repeated = reason == above and len(reason) > 80
+        table.add_row(service["op"], service["backend"], Text("as above" if repeated else reason))
+        above = reason
+    console.print(table)
+
+
+def _services(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    return [
+        asdict(service) | {"limits": backends.limits(service.op, service.backend)}
+        for service in backends.report(device, dtype)
+    ]
 
 
 def _products(dtype: torch.dtype, fused: bool) -> dict[str, Any]:
@@ -154,15 +184,6 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
-
-
-def _gpu(index: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "capability": f"{properties.major}.{properties.minor}",
-    }
 
 
 def _gib(size: int | None) -> str:

@@ -148,11 +148,13 @@ class MaskedLM:
             window: positions masked by ``"window"``.
             stride: copies a text of ``"strided"``.
             spans: for each text the characters ``(start, end)`` to score, or None for all. A token is scored if it
-                ends beyond ``start`` and begins before ``end``; an ``end`` of None is open.
+                ends beyond ``start`` and begins before ``end``; an ``end`` of None is open, one beyond the text an
+                error.
             temperature: divides the logits.
             ranks: also the rank of each token among the vocabulary.
             entropies: also the entropy of the distribution at each token.
-            truncation: ``"right"`` or ``"left"`` cuts a text that is too long; None refuses it.
+            truncation: ``"right"`` or ``"left"`` cuts a text that is too long; None refuses it. Without effect where
+                nothing is too long, as with DeBERTa's relative positions.
             on_error: ``"raise"``, or ``"return"`` to have a :class:`TextError` stand in the place of a text that
                 cannot be scored.
             progress: a bar on stderr; None shows one on a terminal if it takes more than two seconds.

@@ -89,9 +89,15 @@ def read_rows(source: str, *, format: str = "auto", field: str = "text") -> Iter
     out damaged ends with a row that says so.
 
     Raises:
-        RequestError: before the first row, if the source cannot be read as asked: no such file, no such column, no
-            pyarrow for Parquet, or not one of the first rows can be read.
+        RequestError: before the first row, if the source cannot be read as asked: no such file, no such column, a
+            column of a text, no pyarrow for Parquet, or not one of the first rows can be read.
     """
+    if field != "text" and format_of(source, format) == "text":
+        name = "standard input" if source == "-" else source
+        raise RequestError(
+            f"{name} is read as text, a line each, and has no field {field!r}: say with --format what it is, or leave "
+            "--field out"
+        )
     rows = _rows(source, format, field)
     lead = []
     for row in itertools.islice(rows, LEAD_ROWS):

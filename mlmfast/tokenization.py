@@ -72,7 +72,8 @@ class TextEncoder:
         Args:
             texts: what to read.
             spans: for each text the characters ``(start, end)`` whose tokens are scored, or None for all of them. A
-                token is scored if it ends beyond ``start`` and begins before ``end``; an ``end`` of None is open.
+                token is scored if it ends beyond ``start`` and begins before ``end``; an ``end`` of None is open, one
+                beyond the text an error.
             truncation: which end loses tokens of a text that is too long; None refuses it.
             scores_masks: score the masks that stand in the text, and nothing else.
 
@@ -88,7 +89,7 @@ class TextEncoder:
                 f"{self.name}: spans and continuations need each token's place in the text, and this tokenizer does "
                 "not tell (a slow tokenizer); load a fast one"
             )
-        faults = [_fault(text) for text in texts]
+        faults = [_fault(text, None if spans is None else spans[i]) for i, text in enumerate(texts)]
         good = [text for text, fault in zip(texts, faults) if fault is None]
         encodings = self._tokenise(good)
         results: list[EncodedText | TextError] = []
@@ -226,12 +227,17 @@ def _check_spans(spans: Sequence[Any], texts: int) -> None:
             raise RequestError(f"span {i} is {span!r}; characters are counted from 0, not from the end")
 
 
-def _fault(text: object) -> str | None:
-    """Why this is not a text that a tokenizer can read; None if it is."""
+def _fault(text: object, span: tuple[int, int | None] | None) -> str | None:
+    """Why this is not a text that a tokenizer can read, or not one that the span is of; None if it is."""
     if not isinstance(text, str):
         return f"is a {type(text).__name__}, not a string"
     try:
         text.encode()
     except UnicodeEncodeError as error:
         return f"holds a lone surrogate at character {error.start}, which is no text; remove it"
+    if span is not None and span[1] is not None and span[1] > len(text):
+        return (
+            f"has {len(text)} characters, and its span ({span[0]}, {span[1]}) reaches past them; end it at {len(text)} "
+            "or at None"
+        )
     return None

@@ -23,3 +23,8 @@ texts = st.lists(st.sampled_from(POOL), min_size=1, max_size=6)
 metrics = st.sampled_from(ALL_METRICS)
 budgets = st.one_of(st.integers(1, 60), st.integers(61, 2000))
 spans = st.one_of(st.none(), st.tuples(st.integers(0, 6), st.integers(7, 40)))
+
+
+def within(span: tuple[int, int] | None, text: str) -> tuple[int, int] | None:
+    """The part of a drawn span that lies in a text; None, all of the text, if that may hold no token."""
+    return None if span is None or span[0] >= len(text) - 1 else (span[0], min(span[1], len(text)))

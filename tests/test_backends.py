@@ -13,8 +13,7 @@ from checkpoints import small_bert
 from transformers import PreTrainedTokenizerBase
 
 import mlmfast
-from mlmfast import backends, cpu, doctor
-from mlmfast.cpu import products
+from mlmfast import backends, cpu, doctor, machine
 from mlmfast.errors import BackendError
 from mlmfast.ops.linear import linear
 from mlmfast.ops.masked_embedding import masked_embedding
@@ -68,7 +67,9 @@ def test_an_embedding_is_served_by_the_dtype_of_its_table() -> None:
         masked_embedding(rows, rows[:0], 0, torch.ones(2, 2, dtype=torch.float64))
 
 
-def test_without_the_extension(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extension(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cpu, "_problem", "is not installed")
     assert cpu.missing("linear") is None
     assert backends.choose("linear", "cpu", torch.float32).backend == "cpu"
@@ -82,31 +83,15 @@ def test_without_the_extension(fresh: None, monkeypatch: pytest.MonkeyPatch) -> 
     findings = doctor.examine()
     assert findings["cpu"]["missing"] == refusal
     assert findings["cpu"]["instructions"] is None
+    monkeypatch.setenv("COLUMNS", "2000")
     doctor.show(findings)
+    assert capsys.readouterr().out.count(cpu.REMEDY) == 1
 
 
 def test_an_extension_that_does_not_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_extension.py").write_text("raise ImportError('undefined symbol: moon')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert cpu._load("broken_extension") == "does not load (undefined symbol: moon)"
-    assert cpu._load("absent_extension") == "is not installed"
-
-
-def test_doctor_shows_the_products(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = doctor.examine()
-    assert findings["cpu"]["missing"] == cpu.extension_missing()
-    assert findings["dtypes"]["cpu"]["float64"] == ["reference"]
-    assert "cpu" in findings["dtypes"]["cpu"]["float32"]
-    kinds = findings["cpu"]["products"]
-    assert [(kind["dtype"], kind["activation"]) for kind in kinds] == [
-        ("float32", False),
-        ("float32", True),
-        ("bfloat16", False),
-        ("bfloat16", True),
-    ]
-    for kind in kinds:
-        chosen = products.choice(getattr(torch, kind["dtype"]), kind["activation"])
-        assert kind["reason"] == chosen.reason
-        assert kind["packed"] == kind["reason"].startswith("packed")
-    doctor.show(findings)
-    assert "bfloat16 products + GELU" in capsys.readouterr().out
+    assert machine.extension("broken_extension") == "does not load (undefined symbol: moon)"
+    assert machine.extension("absent_extension") == "is not installed"
+    (tmp_path / "ancient_extension.py").touch()  # of before there were versions
+    assert machine.extension("ancient_extension") == 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import NAMES, POOL, budgets, metrics, spans, texts
+from batches import NAMES, POOL, budgets, metrics, spans, texts, within
 from checkpoints import TEXTS, long_text, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +52,7 @@ def test_a_score_does_not_depend_on_its_company(
     lms: dict[str, MaskedLM], name: str, data: st.DataObject, texts: list[str], metric: str, budget: int
 ) -> None:
     chosen = data.draw(st.lists(spans, min_size=len(texts), max_size=len(texts)), label="spans")
-    chosen = [None if span and span[0] >= len(text) - 1 else span for span, text in zip(chosen, texts)]
+    chosen = [within(span, text) for span, text in zip(chosen, texts)]
     assert_independent(lms[name], texts, metric, chosen, budget)
 
 

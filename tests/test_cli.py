@@ -509,9 +509,10 @@ def test_doctor_names_versions_machine_and_backends() -> None:
     assert findings["versions"]["mlmfast"] == mlmfast.__version__
     assert findings["machine"]["threads"] == torch.get_num_threads()
     assert findings["machine"]["cores"] >= 1
-    assert [service["op"] for service in findings["backends"]["cpu"]] == list(OPS)
-    assert all(service["reason"] for service in findings["backends"]["cpu"])
+    for services in findings["backends"]["cpu"].values():
+        assert [service["op"] for service in services] == list(OPS)
+        assert all(service["reason"] for service in services)
     assert {"bert", "deberta-v2", "roberta", "xlm-roberta"} <= set(findings["families"])
     shown = CliRunner(env={"COLUMNS": "160"}).invoke(cli.app, ["doctor"]).stdout
-    assert all(op in shown for op in OPS)
+    assert "serves every op" in shown
     assert torch.__version__ in shown

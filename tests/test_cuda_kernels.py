@@ -161,6 +161,28 @@ def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+LOAD = """
+import ctypes, importlib.util, sys, torch
+from mlmfast import cuda
+library, stream = sys.argv[1:]
+if torch.version.cuda is None:
+    ctypes.CDLL(stream)  # as torch loads its own: for itself alone
+importlib.util.module_from_spec(importlib.util.spec_from_file_location("mlmfast._cuda", library))
+assert torch.ops.mlmfast_cuda.version() == cuda.VERSION, torch.ops.mlmfast_cuda.version()
+"""
+
+
+def check_that_it_loads(library: Path, folder: Path) -> None:
+    """Beside torch's CUDA half or a stand-in with all that the extension takes from it, as its Python's version."""
+    source, stream = folder / "stream.cpp", folder / "libstream.so"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void **) { return 1; }')
+    name = "-Wl,-soname,libtorch_cuda.so"
+    subprocess.run(["c++", "-shared", "-fPIC", name, str(source), "-o", str(stream)], check=True)
+    command = [sys.executable, "-c", LOAD, str(library), str(stream)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_extension_compiles_without_spills(tmp_path: Path) -> None:
     """For both kinds of GPU, beside any torch, with tensor-core instructions where products are."""
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").is_file():
@@ -168,8 +190,10 @@ def test_the_extension_compiles_without_spills(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="cuobjdump comes with it")
     done = build(tmp_path, TORCH_CUDA_ARCH_LIST="8.0;9.0a")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "mlmfast._cuda: built for sm_80, sm_90a and the PTX of compute_90, by " in done.stderr
     (library,) = (tmp_path / "mlmfast").glob("_cuda*.so")
     assert library.name == "_cuda.abi3.so" or not hasattr(sys, "_is_gil_enabled")
+    check_that_it_loads(library, tmp_path)
     command = [
         sys.executable,
         str(ROOT / "benchmarks/cuda_resources.py"),
@@ -206,5 +230,5 @@ def test_what_cannot_be_built_is_an_error(tmp_path: Path, variables: dict[str, s
 def test_beside_a_torch_without_cuda_none_is_built(tmp_path: Path) -> None:
     done = build(tmp_path, MLMFAST_BUILD_CUDA="auto")
     assert done.returncode == 0
-    assert "without its extension mlmfast._cuda: torch here has no CUDA" in done.stderr
+    assert "mlmfast._cuda: left out: torch here has no CUDA" in done.stderr
     assert not list(tmp_path.rglob("*.so"))

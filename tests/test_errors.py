@@ -91,6 +91,19 @@ def test_a_span_that_truncation_cuts_away(lm: MaskedLM, bert_tokenizer: PreTrain
         lm.score([text], spans=[(len(text) - 1, len(text))], truncation="right")
 
 
+def test_a_span_past_the_end_of_its_text(lm: MaskedLM) -> None:
+    """It is of another text, or counts something else than characters."""
+    spans = [None, (4, 9)]
+    with pytest.raises(
+        TextError, match=r"text 1 has 8 characters, and its span \(4, 9\) reaches past them; end it at 8"
+    ):
+        lm.score(["The cat.", "The cat."], spans=spans)
+    whole, error = lm.score(["The cat.", "The cat."], spans=spans, on_error="return")
+    assert len(whole) == 3 and isinstance(error, TextError) and error.index == 1
+    to_end, open_end = lm.score(["The cat.", "The cat."], spans=[(4, 8), (4, None)])
+    assert to_end.tokens == open_end.tokens == ["cat", "."]
+
+
 @pytest.mark.parametrize("span", [(3, 4), (5, 5), (100, 200), (7, 2), (-3, -1)])
 def test_a_span_without_tokens(lm: MaskedLM, span: tuple[int, int]) -> None:
     with pytest.raises((TextError, RequestError), match="0|span"):

@@ -19,8 +19,9 @@ import torch
 from op_cases import BACKENDS, bounds, moved, randn, serving
 from torch import Tensor
 
-from mlmfast import backends, cuda
+from mlmfast import backends, cuda, machine
 from mlmfast.errors import BackendError
+from mlmfast.machine import GPU
 from mlmfast.model import MaskedLM
 
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -236,13 +237,12 @@ def test_tuning_keeps_the_fastest_that_is_right(configs: Path, monkeypatch: pyte
 
 def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "TRITON_INTERPRET=1" in str(kernels.missing("attention", "cpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(machine, "gpus", list)
+    assert "need a GPU" in str(kernels.missing("attention", "cuda"))
+    monkeypatch.setattr(machine, "gpus", lambda: [GPU("older", (7, 5), 1)])
     assert "capability 8.0 or newer, and this GPU has 7.5" in str(kernels.missing("attention", "cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(machine, "gpus", lambda: [GPU("newer", (9, 0), 1)])
     assert kernels.missing("attention", "cuda") is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreted" in str(kernels.missing("attention", "cuda"))
@@ -251,8 +251,8 @@ def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "missing", lambda op, device: None)
-    for problem, chosen in ((None, "cuda"), ("needs a GPU", "triton")):
-        monkeypatch.setattr(cuda, "_problem", problem)
+    for problem, chosen in ((None, "cuda"), ("MLMFAST_BUILD_CUDA=1", "triton")):
+        monkeypatch.setattr(cuda, "missing", lambda op, device, problem=problem: problem)
         backends.choose.cache_clear()
         service = backends.choose("disentangled_attention", "cuda", torch.bfloat16)
         assert service.backend == chosen
@@ -265,7 +265,7 @@ def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPa
 
 def test_triton_is_the_first_choice_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "missing", lambda op, device: None)
-    monkeypatch.setattr(cuda, "_problem", "is not installed")
+    monkeypatch.setattr(cuda, "missing", lambda op, device: "cuda is not installed")
     backends.choose.cache_clear()
     try:
         for op in backends.OPS:

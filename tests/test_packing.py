@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import NAMES, POOL, budgets, metrics, spans, texts
+from batches import NAMES, POOL, budgets, metrics, spans, texts, within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -71,7 +71,7 @@ def test_packed_batches_hold_each_distinct_copy_and_each_target_once(
     chosen: list[Any] = [None] * len(texts)
     if data is not None:
         chosen = data.draw(st.lists(spans, min_size=len(texts), max_size=len(texts)), label="spans")
-        chosen = [None if span and span[0] >= len(text) - 1 else span for span, text in zip(chosen, texts)]
+        chosen = [within(span, text) for span, text in zip(chosen, texts)]
     plan = lm.plan(texts, metric=metric, window=window, stride=stride, spans=chosen)
     wanted = brute_force(lm.tokenizer, texts, metric, chosen, window=window, stride=stride)
     distinct = {copy for copy, _, _ in wanted}

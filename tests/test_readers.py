@@ -144,6 +144,17 @@ def test_a_damaged_compressed_file_gives_what_it_has_and_says_so(tmp_path: Path)
     assert "cannot be read" in str(last.error)
 
 
+def test_a_text_has_no_fields(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("{}\n")
+    for source, format in ((str(path), "auto"), (str(path), "text"), ("-", "auto")):
+        with pytest.raises(RequestError, match=r"a line each, and has no field 'good': .* leave --field out"):
+            read_rows(source, format=format, field="good")
+    assert texts_and_errors(read_rows(str(path), field="text")) == ["{}"]
+    with pytest.raises(RequestError, match="row 1 has no field 'good'"):  # of another format it is asked
+        read_rows(str(path), format="jsonl", field="good")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

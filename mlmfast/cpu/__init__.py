@@ -7,10 +7,9 @@ plain torch serves the same ops: :func:`missing` says so to :mod:`mlmfast.backen
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import torch
+
+from mlmfast import machine
 
 WITHOUT_EXTENSION = frozenset({"linear"})
 
@@ -25,27 +24,7 @@ REMEDY = (
 )
 
 
-def _load(name: str) -> str | None:
-    """Imports the extension; what went wrong, or None."""
-    if importlib.util.find_spec(name) is None:
-        return "is not installed"
-    try:
-        importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:  # undefined symbols, another platform, a failed registration
-        return f"does not load ({error})"
-    return None
-
-
-def _outdated() -> str | None:
-    """What is wrong with the ops of the extension that has been loaded, or None."""
-    try:
-        found = torch.ops.mlmfast_cpu.version()
-    except AttributeError:
-        found = 0
-    return None if found == VERSION else f"is of version {found} where {VERSION} is needed"
-
-
-_problem = _load("mlmfast._cpu") or _outdated()
+_problem = machine.extension_problem("mlmfast._cpu", VERSION)
 
 
 def missing(op: str, device: str = "cpu") -> str | None:

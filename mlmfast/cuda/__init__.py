@@ -7,10 +7,7 @@ It registers its functions under ``torch.ops.mlmfast_cuda``. It may be absent (a
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
-import torch
+from mlmfast import machine
 
 # The csrc/cuda/library.cpp that this Python goes with.
 VERSION = 1
@@ -22,23 +19,15 @@ REMEDY = (
 )
 
 
-def _load(name: str) -> str | None:
-    """Imports the extension; what went wrong, or None."""
-    if importlib.util.find_spec(name) is None:
-        return "is not installed"
-    if not torch.cuda.is_available():
-        return "needs a GPU"
-    try:
-        importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:  # undefined symbols, another platform, a failed registration
-        return f"does not load ({error})"
-    found = torch.ops.mlmfast_cuda.version()
-    return None if found == VERSION else f"is of version {found} where {VERSION} is needed"
-
-
-_problem = _load("mlmfast._cuda")
+# The oldest GPU that setup.py compiles for when nothing else is asked of it.
+LEAST_CAPABILITY = (8, 0)
 
 
 def missing(op: str, device: str) -> str | None:
-    """Why this backend cannot serve an op here and the remedy; None if it can."""
-    return None if _problem is None else f"cuda's compiled extension {_problem}; {REMEDY}"
+    """Why this backend cannot serve an op here, and the remedy where there is one; None if it can."""
+    unfit = machine.gpu_problem(LEAST_CAPABILITY)
+    if unfit is not None:  # and no build of the extension would change that
+        return f"cuda's kernels {unfit}"
+    # Not before there is a GPU: beside a torch without CUDA it cannot load.
+    problem = machine.extension_problem("mlmfast._cuda", VERSION)
+    return None if problem is None else f"cuda's compiled extension {problem}; {REMEDY}"
