@@ -227,7 +227,7 @@ def _check_spans(spans: Sequence[Any], texts: int) -> None:
             raise RequestError(f"span {i} is {span!r}; characters are counted from 0, not from the end")
 
 
-def _fault(text: object, span: tuple[int, int | None] | None) -> str | None:
+def _fault(text: object, span: tuple[int, int | None] | None = None) -> str | None:
     """Why this is not a text that a tokenizer can read, or not one that the span is of; None if it is."""
     if not isinstance(text, str):
         return f"is a {type(text).__name__}, not a string"

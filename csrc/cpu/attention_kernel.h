@@ -136,10 +136,11 @@ void attention_item(const mlmfast::Attention& a, const mlmfast::AttentionItem& i
   const T* v = static_cast<const T*>(a.v) + item.head * a.v_head + first_key * a.v_row;
   const E* key_table = static_cast<const E*>(a.key_panels);
   const E* query_table = static_cast<const E*>(a.query_panels);
-  const int64_t table = padded(2 * a.longest - 1, 16) * s.depth;
+  const int64_t table = padded(a.farthest - a.nearest + 1, 16) * s.depth;
   if (key_table) key_table += item.head * table;
   if (query_table) query_table += item.head * table;
-  const int64_t panel = 16 * s.depth, zero = a.longest - 1;  // a panel's size; the column of distance 0
+  const int64_t panel = 16 * s.depth;  // a panel's size
+  const int64_t rising = -a.nearest, falling = a.farthest;  // the columns of distance 0
 
   Engine::begin();
   copy_rows(s.keys, s.depth, k, a.k_row, keys, width);
@@ -170,17 +171,17 @@ void attention_item(const mlmfast::Attention& a, const mlmfast::AttentionItem& i
     if (query_table) {  // position-to-content: k . pos_query[place - j]
       for (int64_t j = low; j < high; j += 16) {
         const int64_t own = high - j < 16 ? high - j : 16;
-        const int64_t begin = (least - (j + own - 1) + zero) / 16 * 16, end = greatest - j + zero + 1;
+        const int64_t begin = (least - (j + own - 1) + rising) / 16 * 16, end = greatest - j + rising + 1;
         Engine::product(s.keys + j * s.depth, s.depth, query_table + begin * s.depth, panel, s.depth, own,
                         padded(end - begin, 16) / 16, s.band, s.bands);
         float* scores = s.scores + (j - low);
         if (neighbours) {
           for (int64_t i = 0; i < count; i += 16)
-            add_transposed16(scores + i * s.stride, s.stride, s.band + (place[i] - j + zero - begin), s.bands - 1);
+            add_transposed16(scores + i * s.stride, s.stride, s.band + (place[i] - j + rising - begin), s.bands - 1);
         } else {
           for (int64_t i = 0; i < count; ++i)
             for (int64_t n = 0; n < own; ++n)
-              scores[i * s.stride + n] += s.band[n * s.bands + (place[i] - j - n + zero - begin)];
+              scores[i * s.stride + n] += s.band[n * s.bands + (place[i] - j - n + rising - begin)];
         }
       }
     }
@@ -196,13 +197,13 @@ void attention_item(const mlmfast::Attention& a, const mlmfast::AttentionItem& i
           smallest = place[i] < smallest ? place[i] : smallest;
           largest = place[i] > largest ? place[i] : largest;
         }
-        begin = (zero - largest + low) / 16 * 16;
-        const int64_t end = zero - smallest + high;
+        begin = (falling - largest + low) / 16 * 16;
+        const int64_t end = falling - smallest + high;
         Engine::product(s.queries + r * s.depth, s.depth, key_table + begin * s.depth, panel, s.depth, own,
                         padded(end - begin, 16) / 16, s.band, s.bands);
       }
       for (int64_t i = r; i < r + own; ++i) {
-        const float* extra = key_table ? s.band + (i - r) * s.bands + (zero - place[i] + low - begin) : nullptr;
+        const float* extra = key_table ? s.band + (i - r) * s.bands + (falling - place[i] + low - begin) : nullptr;
         int64_t from = 0, to = high - low;
         if (a.window >= 0) {
           from = place[i] - a.window > low ? place[i] - a.window - low : 0;

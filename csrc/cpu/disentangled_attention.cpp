@@ -1,6 +1,7 @@
 // disentangled_attention: the rows of the position tables that a batch can reach, packed once; then attention.
 #include "attention.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -53,11 +54,19 @@ Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   a.scale = static_cast<float>(scale);
   a.window = -1;
   a.longest = max_seqlen_k;
+  a.nearest = 1 - max_seqlen_k, a.farthest = max_seqlen_k - 1;
+  if (q_positions) {  // a few places, of a long sequence's end perhaps
+    check_ints(op, "q_positions", *q_positions, ScalarType::Long);
+    const int64_t* place = q_positions->const_data_ptr<int64_t>();
+    const auto [least, greatest] = std::minmax_element(place, place + q_positions->size(0));
+    STD_TORCH_CHECK(*least >= 0 && *greatest < max_seqlen_k, op, ": q_positions leaves its sequence");
+    a.nearest = *least - (max_seqlen_k - 1), a.farthest = *greatest;
+  }
 
   const int64_t reach = buckets.size(0) / 2;
   const int32_t* bucket = buckets.const_data_ptr<int32_t>();
-  std::vector<int32_t> rising;  // table rows of distances -(longest - 1) .. longest - 1
-  for (int64_t d = 1 - max_seqlen_k; d < max_seqlen_k; ++d)
+  std::vector<int32_t> rising;  // table rows of the distances nearest .. farthest
+  for (int64_t d = a.nearest; d <= a.farthest; ++d)
     rising.push_back(bucket[(d < -reach ? -reach : d > reach ? reach : d) + reach]);
   const std::vector<int32_t> falling(rising.rbegin(), rising.rend());
   Panels key_panels, query_panels;

@@ -20,7 +20,8 @@ struct Attention {
   int64_t window;                       // -1: none
   // Position tables of every head as panels, made by pack_table; null without that term.
   const void *key_panels, *query_panels;
-  int64_t longest;                      // the tables reach distances -(longest - 1) .. longest - 1
+  int64_t longest;                      // most keys of a sequence
+  int64_t nearest, farthest;            // smallest and greatest distance that the tables reach
 };
 
 // Queries [first, last) of a sequence in one head.
