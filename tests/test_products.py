@@ -240,11 +240,19 @@ def test_a_choice_is_measured_once_for_each_number_of_threads() -> None:
 
 
 def test_small_products_are_not_packed(packed: None, choose: Choose) -> None:
-    x, weight, bias = operands(torch.float32)
+    x, weight, bias = operands(torch.float32, rows=products.LEAST_ROWS)
     choose(x.shape[0] * weight.numel() + 1)
-    assert_product(x, weight, bias)
+    for rows in (1, len(x)):  # few rows count as so many
+        assert_product(x[:rows], weight, bias)
     assert len(products._packed_weights) == 0
     assert_product(torch.cat([x, x]), weight, bias)
+    assert len(products._packed_weights) == 1
+
+
+def test_few_rows_are_packed_where_somewhat_more_would_be(packed: None, choose: Choose) -> None:
+    x, weight, bias = operands(torch.float32, rows=1)
+    choose(products.LEAST_ROWS * weight.numel())
+    assert_product(x, weight, bias)
     assert len(products._packed_weights) == 1
 
 
