@@ -82,7 +82,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation {activation!r} is not known")
-    if max(len(x), LEAST_ROWS) * weight.numel() >= choice(x.dtype, activation != "none").least and _packs(x, weight, bias):
+    work = max(len(x), LEAST_ROWS) * weight.numel()
+    if work >= choice(x.dtype, activation != "none").least and _packs(x, weight, bias):
         packed = _packed_weights.get(weight)
         if packed is not None:
             return _packed(x, packed, bias, activation)
