@@ -75,7 +75,9 @@ class HuggingFaceLoop:
 
 class CausalGPT2:
     """transformers' GPT-2, layers, width, heads and vocabulary those of the masked model: its own ``generate``, greedy,
-    with its cache and the attention that it chooses itself (SDPA), as people get it. Random weights: it generates other tokens.
+    with its cache and the attention that it chooses itself (SDPA), as people get it.
+
+    Its weights are random and its own: it generates other tokens.
     """
 
     name: ClassVar[str] = "gpt2"
