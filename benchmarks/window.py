@@ -32,6 +32,7 @@ from mlmfast.rules import Rules
 from mlmfast.searches import Ask, GreedySearch
 
 RECOMPUTE = (1, 2, 4, 8, 16, 32)
+# With 32 new tokens a refresh every 32 steps is none.
 REFRESH = ("never", "16", "8", "4")
 # Tokens of a prompt: as many of each length between as can be.
 SHORTEST, LONGEST = 16, 64

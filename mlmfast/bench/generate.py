@@ -1,8 +1,9 @@
 """Greedy generation, a token at a time: exact, windowed and drafted, the Hugging Face loop and a causal model.
 
-All sides are given one random prompt and generate as many tokens; none ends it. What is compared is seconds a token.
-The loop needs seconds for one where the prompt is long, so that it may be given only some of the steps: at prefixes
-of exact's own tokens, spread evenly, so that the mean length of its passes is that of all of them.
+All sides are given one random prompt and generate as many tokens; none ends it. What is compared is seconds a token,
+the first pass over the prompt among them. The loop needs seconds for one where the prompt is long, so that it may be
+given only some of the steps: after prefixes of exact's own tokens, spread evenly, so that the mean length of its passes
+is that of all of them (to half a token).
 """
 
 from __future__ import annotations
