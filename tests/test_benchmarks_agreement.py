@@ -153,3 +153,80 @@ def test_made_up_words_differ(script: Any) -> None:
     words = script("memory").made_up_words(1000, seed=0)
     assert len(set(words)) == 1000 == len(words)
     assert words == script("memory").made_up_words(1000, seed=0)
+
+
+def test_window_divergence(script: Any) -> None:
+    window = script("window")
+    right = np.array([[1, 2, 3], [4, 5, 6]])
+    found = np.array([[1, 9, 3], [4, 5, 6]])
+    assert window.first_divergence(found, right).tolist() == [1, 3]
+    compared = window.compare(found, right, right)
+    assert compared["equal"] == pytest.approx(5 / 6)
+    assert compared["equal_by_position"] == [1, 0.5, 1]
+    assert (compared["equal_forced"], compared["texts_equal"], compared["first_divergence"]) == (1, 0.5, 2)
+
+
+LONG = [f"The {noun} in the old house " + "and the small garden behind it " * 12 for noun in ("cat", "dog", "boy")]
+
+
+def test_window_prompts(script: Any) -> None:
+    window = script("window")
+    lm = mlmfast.load("tiny")
+    prompts = window.beginnings(lm, [*LONG, "Too short."], 3)
+    assert [len(ids) for ids in window.prompt_ids(lm, prompts)] == [16, 36, 56]
+    assert all(text.startswith(prompt) for text, prompt in zip(LONG, prompts))
+    with pytest.raises(SystemExit):
+        window.beginnings(lm, ["Too short."], 1)
+
+
+def test_window_on_the_bundled_model(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = script("window")
+    lm = mlmfast.load("tiny")
+    prompts = window.beginnings(lm, LONG, 3)
+    exact = window.generate(lm, prompts, 6)
+    right = np.array([one.token_ids for one in exact])
+    # Led along its own tokens, exact search chooses them; what it says of them is what a plan says.
+    manner = {"cache": "none", "recompute": None, "refresh": "auto"}
+    np.testing.assert_array_equal(window.choices(lm, prompts, right, **manner), right)
+    ids = window.prompt_ids(lm, prompts)
+    prefixes = [[*prompt, *text[:i]] for prompt, text in zip(ids, right.tolist()) for i in range(6)]
+    found = window.logprobs(lm, prefixes, right.reshape(-1).tolist())
+    np.testing.assert_allclose(found, np.concatenate([one.logprobs for one in exact]), atol=1e-4)
+    # Led along other tokens, it still chooses for itself.
+    other = right.copy()
+    other[:, 0] = right[:, 0] + 1
+    led = window.choices(lm, prompts, other, **manner)
+    np.testing.assert_array_equal(led[:, 0], right[:, 0])
+    assert (led[:, 1:] != right[:, 1:]).any()
+
+    grid = window.measure_grid(lm, prompts, 6, [1, 100], ["never", "1"])
+    rows = {(row["recompute"], row["refresh"]): row for row in grid["rows"]}
+    assert set(rows) == {(1, "never"), (100, "never"), (1, "1"), (100, "1")}
+    for key in ((100, "never"), (1, "1"), (100, "1")):  # each of them computes everything in every step
+        assert (rows[key]["equal"], rows[key]["equal_forced"]) == (1, 1)
+        assert rows[key]["logprob"] == pytest.approx(grid["logprob"], abs=1e-4)
+    assert rows[1, "never"]["equal_forced"] < 1
+    draft = window.measure_draft(lm, prompts, 6)
+    assert (draft["different"], draft["plain_different"]) == (0, 0)
+    assert draft["tokens_per_pass"] >= 1
+    header = machine_header()
+    result = {"run": {"model": "tiny"}, "grid": {"header": header, "source": "texts"} | grid}
+    result["draft"] = {"header": header, "rows": [draft]}
+    page = "\n".join(window.markdown(result, None))
+    assert page.count("| never |") == 2
+    assert "approximate" in page
+
+    def wrong(*arguments: Any, **manner: Any) -> list[Any]:
+        other = [SimpleNamespace(token_ids=one.token_ids.copy(), logprobs=one.logprobs) for one in exact]
+        if "cache" in manner:
+            other[1].token_ids[3] += 1
+        return other
+
+    monkeypatch.setattr(window, "generate", wrong)
+    with pytest.raises(SystemExit, match="window over all tokens"):
+        window.measure_grid(lm, prompts, 6, [1], ["never"])
+
+
+def machine_header() -> dict[str, Any]:
+    names = ("cpu", "threads", "load", "python", "torch", "transformers", "mlmfast", "commit", "time")
+    return dict.fromkeys(names, "?")

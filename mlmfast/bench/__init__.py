@@ -70,12 +70,8 @@ def pll(
     with reporting():
         from mlmfast.bench.pll import Measurement, record, run
         from mlmfast.bench.sentences import read_sentences
-        from mlmfast.errors import RequestError
 
-        try:
-            sizes = [int(length) for length in _listed(lengths)]
-        except ValueError:
-            raise RequestError(f"--lengths {lengths} is not a list of whole numbers") from None
+        sizes = _numbers("--lengths", lengths)
         header: dict[str, Any] = {}
         measurements: list[Measurement] = []
         _check_folder(output)
@@ -96,6 +92,74 @@ def pll(
                 output.write_text(json.dumps(record(header, measurements), indent=1) + "\n", encoding="utf-8")
         if not as_json:
             _show(header, measurements)
+    raise typer.Exit(0 if all(m.details["agrees"] for m in measurements) else 1)
+
+
+@app.command()
+def generate(
+    shapes: Annotated[str, typer.Option(help="As of `bench pll`; commas between.")] = "deberta-v3-base",
+    prompts: Annotated[
+        str, typer.Option(help="Tokens a prompt, special ones and masks not counted; commas between.")
+    ] = "32,128,512",
+    new_tokens: Annotated[int, typer.Option(min=1, help="That every side generates; none ends a text.")] = 64,
+    peer_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Of the Hugging Face loop only so many of the steps in a round, after prefixes of exact's tokens "
+            "spread evenly; its agreement is checked there.",
+        ),
+    ] = 16,
+    sides: Annotated[
+        str, typer.Option(help="mlmfast's own besides exact: window (approximate), drafted; commas between.")
+    ] = "window",
+    against: Annotated[
+        str,
+        typer.Option(
+            help="hf (a loop over the model, eager attention, all logits), gpt2 (transformers' own generate with its "
+            "cache, a causal model of equal size); commas between; hf:float32 as in `bench pll`."
+        ),
+    ] = "hf,gpt2",
+    num_masks: Annotated[int, typer.Option(min=1, help="Appended masks, the first of which is read.")] = 3,
+    recompute: Annotated[int | None, typer.Option(min=1, help="Of the window; generate's own unless given.")] = None,
+    refresh: Annotated[str, typer.Option(help="Of the window: steps, never, or auto for generate's own.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of all sides that name no other.")] = "float32",
+    pairs: Annotated[int, typer.Option(min=1, help="Interleaved rounds of all sides; medians are shown.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of all sides; torch's choice unless given.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, or one that `mlmfast doctor` lists.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda, of all sides.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, a row a case and side.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write rows, quartiles, machine and versions here.")] = None,
+) -> None:
+    """Time greedy generation after random prompts, random weights in the shapes of published models.
+
+    Exact's choices are checked against plain torch and each loop; where they differ by more than rounding, there are
+    no speeds. GPT-2 computes something else and is not checked. Losses are printed too. Exit status: 0 all sides
+    measured, 1 some disagree, 2 the request is wrong.
+    """
+    with reporting():
+        from mlmfast.bench.generate import Measurement, record, run
+        from mlmfast.bench.generate_table import page
+
+        header: dict[str, Any] = {}
+        measurements: list[Measurement] = []
+        _check_folder(output)
+        settings: dict[str, Any] = {"new_tokens": new_tokens, "peer_tokens": peer_tokens, "num_masks": num_masks}
+        settings |= {"recompute": recompute, "refresh": _refresh(refresh), "sides": _listed(sides)}
+        settings |= {"against": _listed(against), "dtype": dtype, "pairs": pairs, "backend": backend}
+        for item in run(_listed(shapes), _numbers("--prompts", prompts), **settings, threads=threads, device=device):
+            if not isinstance(item, Measurement):
+                header = item
+                continue
+            measurements.append(item)
+            if as_json:
+                typer.echo(json.dumps(asdict(item.row)))
+            else:
+                say(f"measured {item.row.shape}, prompt of {item.row.prompt}, {item.row.side}")
+            if output is not None:  # after each side, so that an interrupted run leaves what it has
+                output.write_text(json.dumps(record(header, measurements), indent=1) + "\n", encoding="utf-8")
+        if not as_json:
+            typer.echo(page(header, measurements))
     raise typer.Exit(0 if all(m.details["agrees"] for m in measurements) else 1)
 
 
@@ -167,6 +231,26 @@ def _batch(text: str) -> int | None:
     if not text.isdecimal() or not int(text):
         raise RequestError(f"--peer-batch {text} is not a whole number from 1, auto or all")
     return int(text)
+
+
+def _refresh(text: str) -> int | str | None:
+    """``--refresh``: None for never."""
+    from mlmfast.errors import RequestError
+
+    if text in ("auto", "never"):
+        return "auto" if text == "auto" else None
+    if not text.isdecimal() or not int(text):
+        raise RequestError(f"--refresh {text} is not a whole number from 1, auto or never")
+    return int(text)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from mlmfast.errors import RequestError
+
+    try:
+        return [int(part) for part in _listed(text)]
+    except ValueError:
+        raise RequestError(f"{option} {text} is not a list of whole numbers") from None
 
 
 def _listed(text: str) -> list[str]:

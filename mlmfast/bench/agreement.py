@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlmfast.results import Generation
+
 # float32: how far a log-probability may be from what it is compared with, times max(1, its size).
 FLOAT32_BOUND = 1e-4
 # bfloat16: how far from float32, as a multiple of plain torch's own distance, and beyond it: in the root mean square
@@ -86,6 +88,41 @@ def agreement(
                 judged.append(Agreement(apart, side, measure(found - truth.logprobs), bound))
     wrong = [verdict for verdict in judged if not verdict.holds]
     return wrong[0] if wrong else max(judged, key=lambda verdict: verdict.error / verdict.bound)
+
+
+def greedy_agreement(best: np.ndarray, given: np.ndarray) -> Agreement:
+    """Whether one side's greedy choices are the other's, both in float32, but for candidates that rounding orders.
+
+    Two sides that are each within the bound of a log-probability may disagree by twice that on which of two is larger.
+
+    Args:
+        best: the peer's largest log-probabilities, ``[N]``.
+        given: the peer's log-probabilities of what we chose, ``[N]``.
+    """
+    best, given = best.astype(np.float64), given.astype(np.float64)
+    return Agreement(_worst(best - given), "either", _relative(best, given), 2 * FLOAT32_BOUND)
+
+
+def draft_agreement(drafted: Generation, plain: Generation, dtype: str, truth: Truth | None = None) -> Agreement:
+    """Whether drafted tokens are the plain ones up to a choice that rounding decides.
+
+    The log-probabilities are compared up to the first different token, that one included: after the same tokens both
+    are the largest there is, so that they differ by no more than rounding, whichever it is.
+
+    Args:
+        drafted, plain: greedy generations of one prompt.
+        dtype: of both.
+        truth: needed for bfloat16, where each may be as far from float32 as plain torch may.
+    """
+    same = np.logical_and.accumulate(drafted.token_ids == plain.token_ids)
+    shown = min(int(same.sum()) + 1, len(same))
+    mine, theirs = (one.logprobs[:shown].astype(np.float64) for one in (drafted, plain))
+    if dtype == "float32":
+        return agreement(mine, theirs)
+    if truth is None:
+        raise ValueError("bfloat16 is judged by float32: pass the truth")
+    worst = _worst(mine - theirs)
+    return Agreement(worst, "either", worst, 2 * (NARROW_FACTOR * _worst(truth.narrow - truth.logprobs) + NARROW_BOUND))
 
 
 def _root_mean_square(values: np.ndarray) -> float:

@@ -7,12 +7,13 @@ start of training, and biases away from 0: near-uniform predictions would hide a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     DebertaV2Config,
     DebertaV2ForMaskedLM,
@@ -90,11 +91,28 @@ class Shape:
                     parameter.normal_(std=BIAS)
         return model.eval()
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A tokenizer that knows the special tokens and no words: texts are drawn as token ids."""
+    def tokenizer(self, spelled: bool = False) -> PreTrainedTokenizerFast:
+        """A tokenizer that knows the special tokens and no words: texts are drawn as token ids.
+
+        Args:
+            spelled: it knows a word for every other id, see :meth:`spell`, and puts special tokens around a text.
+        """
         vocabulary = {token: i for i, token in enumerate(self.special.values())}
+        around = [(self.special[role], vocabulary[self.special[role]]) for role in ("cls_token", "sep_token")]
+        if spelled:
+            others = range(len(vocabulary), self.settings["vocab_size"])
+            vocabulary |= {self.spell([i]): i for i in others}
         words = Tokenizer(models.WordLevel(vocabulary, unk_token=self.special["unk_token"]))
+        if spelled:
+            words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            single = f"{around[0][0]} $A {around[1][0]}"
+            words.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
         return PreTrainedTokenizerFast(tokenizer_object=words, **self.special)
+
+    @staticmethod
+    def spell(token_ids: Iterable[int]) -> str:
+        """A text that the spelling tokenizer reads as these tokens, none of them special."""
+        return " ".join(f"w{i}" for i in token_ids)
 
     def texts(self, length: int, copies: int, seed: int = 0) -> list[TokenSequence]:
         """Texts of ``length`` random tokens, the two special ones included, that ask for ``copies`` copies together.

@@ -20,8 +20,9 @@ from mlmfast.packing import PackedBatch
 PRODUCTS = ((2048, 2048, 2048), (4096, 4096, 4096), (4096, 768, 3072), (4096, 3072, 768))
 # The same on a GPU, which takes more to fill.
 GPU_PRODUCTS = ((8192, 8192, 8192), (65536, 768, 3072), (65536, 3072, 768))
-# Bytes of the copy that a GPU's memory is measured by: many times its cache.
+# Bytes of the copy that memory is measured by: many times the caches of a GPU, and of a CPU.
 COPY_BYTES = 2 << 30
+CPU_COPY_BYTES = 256 << 20
 
 
 def useful_flops(spec: EncoderSpec, batches: Sequence[PackedBatch]) -> int:
@@ -106,6 +107,15 @@ def _distinct(rows: np.ndarray) -> int:
     """Number of distinct values in each line of a matrix, summed over the lines."""
     ordered = np.sort(rows, axis=1)
     return len(rows) + int((ordered[:, 1:] != ordered[:, :-1]).sum())
+
+
+def weight_bytes(spec: EncoderSpec) -> int:
+    """Bytes of weights that a pass of however few rows reads: every layer's products, the head's, the vocabulary."""
+    products = [spec.head.dense.weight, spec.head.vocabulary]
+    for layer in spec.layers:
+        products += [x.weight for x in (layer.query, layer.key, layer.value, layer.output, layer.up, layer.down)]
+        products += [] if layer.convolution is None else [layer.convolution.linear.weight]
+    return sum(weight.numel() * weight.element_size() for weight in products)
 
 
 class Peak:

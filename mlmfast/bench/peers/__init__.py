@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import TypeVar
 
 from mlmfast.bench.peers.disentangled_flash import DisentangledFlash
 from mlmfast.bench.peers.exported import OnnxRuntime, OpenVINO
 from mlmfast.bench.peers.huggingface import HuggingFaceCompiled, HuggingFaceEager
 from mlmfast.bench.peers.minicons import Minicons
 from mlmfast.bench.peers.scored import HuggingFaceScored
-from mlmfast.bench.peers.subject import Peer, Subject
+from mlmfast.bench.peers.subject import Peer, Served, Subject
 from mlmfast.errors import RequestError
 
 __all__ = ["PEERS", "DisentangledFlash", "HuggingFaceCompiled", "HuggingFaceEager", "HuggingFaceScored", "Minicons"]
@@ -31,11 +32,22 @@ PEERS: dict[str, type[Peer]] = {
 }
 
 
+Known = TypeVar("Known", bound=Served)
+
+
 def named(against: Sequence[str], dtype: str, device: str = "cpu") -> dict[str, tuple[type[Peer], str]]:
-    """The peers that ``--against`` names, each with the dtype it computes in.
+    """The peers that ``--against`` names, each with the dtype it computes in; see :func:`chosen`."""
+    return chosen(PEERS, against, dtype, device)
+
+
+def chosen(
+    known: Mapping[str, type[Known]], against: Sequence[str], dtype: str, device: str
+) -> dict[str, tuple[type[Known], str]]:
+    """Some of the peers that are known, each with the dtype it computes in.
 
     Args:
-        against: names of :data:`PEERS`, ``:dtype`` after one that computes in another dtype than mlmfast.
+        known: by name.
+        against: names of them, ``:dtype`` after one that computes in another dtype than mlmfast.
         dtype: mlmfast's.
         device: a device type, all sides'.
 
@@ -43,22 +55,22 @@ def named(against: Sequence[str], dtype: str, device: str = "cpu") -> dict[str, 
         RequestError: a name that is not known or not installed, or a dtype or device that a peer does not compute in.
     """
     if not against:
-        raise RequestError(f"--against names nobody; choose from {', '.join(PEERS)}")
-    found: dict[str, tuple[type[Peer], str]] = {}
+        raise RequestError(f"--against names nobody; choose from {', '.join(known)}")
+    found: dict[str, tuple[type[Known], str]] = {}
     for label in against:
         name, _, own = label.partition(":")
-        if name not in PEERS:
-            raise RequestError(f"peer {name!r} is not known; choose from {', '.join(PEERS)}")
-        peer, chosen = PEERS[name], own or dtype
-        if chosen not in peer.dtypes:
+        if name not in known:
+            raise RequestError(f"peer {name!r} is not known; choose from {', '.join(known)}")
+        peer, computed = known[name], own or dtype
+        if computed not in peer.dtypes:
             instead = f"; --against {name}:{peer.dtypes[0]} compares with its {peer.dtypes[0]}" if not own else ""
-            raise RequestError(f"{name} computes in {' or '.join(peer.dtypes)} here, not in {chosen}{instead}")
+            raise RequestError(f"{name} computes in {' or '.join(peer.dtypes)} here, not in {computed}{instead}")
         if device not in peer.devices:
             raise RequestError(f"{name} computes on {' or '.join(peer.devices)} here, not on {device}")
         missing = [package for package in peer.packages if importlib.util.find_spec(package) is None]
         if missing:
             raise RequestError(f"{name} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-        found[label] = (peer, chosen)
+        found[label] = (peer, computed)
     return found
 
 

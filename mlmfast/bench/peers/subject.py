@@ -40,21 +40,29 @@ class Subject:
         return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
 
 
-class Peer(Protocol):
-    """Another way to the log-probabilities of a plan.
+class Served(Protocol):
+    """Where something that mlmfast is compared with runs.
 
     Attributes:
         name: as rows call it.
         dtypes: what it computes in.
         devices: the device types that it runs on.
         packages: what it needs that mlmfast does not.
-        rounds: whether it reduces log-probabilities in the model's own dtype, and so rounds them to it.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]]
     devices: ClassVar[tuple[str, ...]]
     packages: ClassVar[tuple[str, ...]] = ()
+
+
+class Peer(Served, Protocol):
+    """Another way to the log-probabilities of a plan.
+
+    Attributes:
+        rounds: whether it reduces log-probabilities in the model's own dtype, and so rounds them to it.
+    """
+
     rounds: ClassVar[bool] = False
 
     def __init__(self, subject: Subject) -> None: ...
