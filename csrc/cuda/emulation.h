@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
@@ -49,6 +50,10 @@ inline uint16_t bits_of(float16, float value) {
 template <class T>
 uint32_t pair(float first, float second) {
   return bits_of(T{}, first) | static_cast<uint32_t>(bits_of(T{}, second)) << 16;
+}
+template <class T>
+T narrow(float value) {
+  return T{bits_of(T{}, value)};
 }
 template <class T>
 float half_of(uint32_t both, int which) {
@@ -160,11 +165,23 @@ class Block {
 };
 
 inline int thread() { return Block::current()->thread(); }
+inline int threads() { return Block::current()->threads(); }
 inline void sync_block() { Block::current()->wait(true); }
 inline void sync_warp() { Block::current()->wait(false); }
-inline float exchange(float x, int mask) {
+template <class V>
+V exchange(V x, int mask) {
   const int lane = thread() % 32;
   return Block::current()->put(x)[lane ^ mask];
+}
+template <class V>
+V of_lane(V x, int lane) {
+  return Block::current()->put(x)[lane];
+}
+inline bool in_any_lane(bool x) {
+  const bool* lanes = Block::current()->put(x);
+  for (int lane = 0; lane < 32; ++lane)
+    if (lanes[lane]) return true;
+  return false;
 }
 inline float power_of_2(float x) { return std::exp2(x); }
 
@@ -207,11 +224,14 @@ inline void load_matrices_turned(uint32_t (&into)[4], const void* row) {
 }
 
 inline void copy_16(void* shared, const void* global, bool there) {
+  if (there && reinterpret_cast<uintptr_t>(global) % 16) std::abort();  // a GPU would stop, too
   if (there)
     std::memcpy(shared, global, 16);
   else
     std::memset(shared, 0, 16);
 }
 inline void arrived() {}
+inline void load_once(uint32_t (&into)[4], const void* global, bool there) { copy_16(into, global, there); }
+inline void load_again(uint32_t (&into)[4], const void* global, bool there) { copy_16(into, global, there); }
 
 }  // namespace mlmfast::cuda

@@ -13,7 +13,7 @@ import importlib.util
 import torch
 
 # The csrc/cuda/library.cpp that this Python goes with.
-VERSION = 1
+VERSION = 2
 
 REMEDY = (
     "to build it, install the CUDA toolkit (nvcc) and a C++17 compiler, then "
