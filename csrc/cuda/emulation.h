@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -121,7 +122,7 @@ class Block {
   Block(int threads, const std::function<void()>& kernel)
       : kernel_(kernel),
         contexts_(threads),
-        stacks_(threads, std::vector<char>(STACK)),
+        stacks_(new char[threads * STACK]),
         done_(threads, false),
         arrivals_{std::vector<int64_t>(threads, 0), std::vector<int64_t>(threads, 0)},
         waiting_(threads, FREE),
@@ -129,7 +130,7 @@ class Block {
         gathered_(threads * SLOT * LANES) {
     for (int t = 0; t < threads; ++t) {
       getcontext(&contexts_[t]);
-      contexts_[t].uc_stack.ss_sp = stacks_[t].data();
+      contexts_[t].uc_stack.ss_sp = stacks_.get() + t * STACK;
       contexts_[t].uc_stack.ss_size = STACK;
       contexts_[t].uc_link = &home_;
       makecontext(&contexts_[t], &Block::enter, 0);
@@ -156,7 +157,7 @@ class Block {
   const std::function<void()>& kernel_;
   ucontext_t home_{};
   std::vector<ucontext_t> contexts_;
-  std::vector<std::vector<char>> stacks_;
+  std::unique_ptr<char[]> stacks_;  // not filled: most of it is never touched
   std::vector<char> done_;
   std::vector<int64_t> arrivals_[2];  // at barriers of a warp, of the block
   std::vector<int> waiting_;
