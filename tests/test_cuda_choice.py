@@ -93,6 +93,7 @@ def test_every_op_says_what_it_takes() -> None:
         (rows(4, 60), rows(48, 60), None, "triton"),
         (rows(4, 64, stride=68), rows(48, 64), None, "triton"),
         (rows(4, 64), rows(48, 64, stride=68), None, "triton"),
+        (rows(1, 64).as_strided((1, 64), (1 << 26, 1)), rows(48, 64), None, "triton"),
         (rows(4, 64, offset=4), rows(48, 64), None, "triton"),
         (rows(4, 64), rows(48, 64, offset=1), None, "triton"),
         (rows(4, 64), rows(64, 48).T, None, "triton"),

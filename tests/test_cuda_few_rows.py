@@ -6,7 +6,6 @@ As in ``test_cuda_kernels.py``, what is emulated are the few instructions of ``c
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ ROWS = [1, 7, 8, 9, 17, 31, 32]  # 8, 16 and 32 rows of x have code of their own
 
 
 def structure(name: str, **fields: str) -> type[ctypes.Structure]:
-    """A C++ struct: names of pointers, int64, int32 and float members, in this order unless they come as a list."""
+    """A C++ struct of a kernel's header: its members in order, by kind: pointers, int64, int32, float."""
     kinds = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float}
-    members = [(member, kinds[kind[0]]) for kind, names in fields.items() for member in names.split()]
+    members = [(member, kinds[kind]) for kind, names in fields.items() for member in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": members})
 
 
@@ -40,7 +39,8 @@ ADD_LAYER_NORM = structure(
 )
 MASKED_EMBEDDING = structure(
     "MaskedEmbedding",
-    p="token_ids masked_rows position_ids token_types words positions types norm_weight norm_bias scales cu_seqlens out",
+    p="token_ids masked_rows position_ids token_types words positions types norm_weight norm_bias scales "
+    "cu_seqlens out",
     l="mask_token_id words_row positions_row types_row",
     i="masks copies width",
     f="eps",
@@ -330,7 +330,7 @@ def test_a_broken_model_is_not_a_number(kernels: Kernels) -> None:
     hidden[1, 2] = torch.nan
     logprobs, ids = kernels.vocab_topk(hidden, vocabulary, bias, 6)
     assert logprobs.isnan().all(1).tolist() == [False, True, False] and not logprobs[::2].isnan().any()
-    assert all(len(set(row)) == 6 and 0 <= min(row) and max(row) < 300 for row in ids.tolist())
+    assert all(len(set(row)) == 6 and min(row) >= 0 and max(row) < 300 for row in ids.tolist())
 
 
 # ---- faults that the tests above must find

@@ -26,7 +26,6 @@ from torch import Tensor
 from mlmfast.reference.attention import attention as plain_attention
 from mlmfast.reference.disentangled_attention import disentangled_attention as plain
 
-
 # How many of each the extension has, of widths, rows and dtypes.
 KERNELS = {
     "attend_blocks": 6,

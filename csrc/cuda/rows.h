@@ -44,8 +44,8 @@ MLMFAST_BOTH int sequence_of(const int32_t* cu_seqlens, int sequences, int row) 
 
 constexpr int NORM_WARPS = 8, NORM_THREADS = 32 * NORM_WARPS;
 
-// LayerNorm of the float32 `row` in shared memory, in place; a thread has columns thread(), thread() + NORM_THREADS, ..., and
-// reads no others. Mean first, then the centred squares, each division rounded as IEEE has it.
+// LayerNorm of the float32 `row` in shared memory, in place; a thread has every NORM_THREADS-th column, and reads no
+// others. Mean first, then the centred squares, each division rounded as IEEE has it.
 template <class T>
 MLMFAST_DEVICE void layer_norm(float* row, int width, const T* weight, const T* bias, float eps, float* room) {
   float sum = 0;

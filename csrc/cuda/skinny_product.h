@@ -88,8 +88,8 @@ MLMFAST_DEVICE void fill_x(Ring<MT, NT>& ring, const Operands<MT, NT, T>& o) {
   for (int slot = 0; slot < Ring<MT, NT>::NEAR; ++slot) ask_x(ring, slot, o, slot * STEP);
 }
 
-// sums[mt][nt][e] += weight rows @ x rows.T over [begin, end), after both fills: e is of weight row g + e / 2 * 8 and of x row
-// 8 nt + t + e % 2, as `multiply` has it. Pieces are added up in the order of the inner dimension, whatever NT.
+// sums[mt][nt][e] += weight rows @ x rows.T over [begin, end), after both fills: e is of weight row g + e / 2 * 8 and of
+// x row 8 nt + t + e % 2, as `multiply` has it. Pieces are added up in the order of the inner dimension, whatever NT.
 template <int MT, int NT, class T>
 MLMFAST_DEVICE void multiply_few(float (&sums)[MT][NT][4], Ring<MT, NT>& ring, Operands<MT, NT, T>& o) {
   constexpr int DEPTH = Ring<MT, NT>::DEPTH, NEAR = Ring<MT, NT>::NEAR;

@@ -61,10 +61,13 @@ inline void check_rows(const char* op, const char* name, const Tensor& x, int64_
                   " must be rows of ", width, " neighbours");
 }
 
+// How far rows may be apart, so that 32 bits count from one of 32 rows to another.
+constexpr int64_t FARTHEST = 1 << 25;
+
 // The same with every row on a 16-byte bound, and a width of whole pieces.
 inline void check_pieces(const char* op, const char* name, const Tensor& x, int64_t width, const Tensor& like) {
   check_rows(op, name, x, width, like);
-  STD_TORCH_CHECK(width > 0 && width % 8 == 0 && (x.size(0) < 2 || x.stride(0) % 8 == 0) &&
+  STD_TORCH_CHECK(width > 0 && width % 8 == 0 && (x.size(0) < 2 || (x.stride(0) % 8 == 0 && x.stride(0) <= FARTHEST)) &&
                       reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
                   op, ": ", name, " must have rows of whole 16-byte pieces on 16-byte bounds");
 }

@@ -43,6 +43,7 @@ std::tuple<Tensor, Tensor> vocab_topk(const Tensor& hidden, const Tensor& vocabu
   a.rows = check_int(OP, "rows", hidden.size(0), 0, FEW_ROWS), a.width = check_int(OP, "the width", hidden.size(1));
   a.tokens = check_int(OP, "tokens", vocabulary.size(0), 1);
   a.k = check_int(OP, "k", k, 1, a.tokens < MOST_BEST ? a.tokens : MOST_BEST);
+  STD_TORCH_CHECK(temperature != 0, OP, ": the temperature divides, so it cannot be 0");
   a.bias = check_row(OP, "bias", bias, a.tokens, hidden);
   a.parts = topk_parts(a.tokens);
   a.inverse_temperature = static_cast<float>(1 / temperature);

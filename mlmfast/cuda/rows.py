@@ -8,6 +8,8 @@ from torch import Tensor
 FEW_ROWS = 32
 # csrc/cuda/add_layer_norm_kernel.h: a row stays in shared memory.
 WIDEST = 8192
+# csrc/cuda/tensors.h: 32 bits count from a row to another.
+FARTHEST = 1 << 25
 
 
 def alike(first: Tensor, *others: Tensor | None) -> bool:
@@ -17,4 +19,5 @@ def alike(first: Tensor, *others: Tensor | None) -> bool:
 
 def on_pieces(x: Tensor) -> bool:
     """Whether every row of 16-bit ``x [T, n]`` is whole pieces of 16 bytes on 16-byte bounds."""
-    return x.shape[1] % 8 == 0 and x.shape[1] > 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    whole = x.shape[1] > 0 and x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return whole and x.stride(0) <= FARTHEST
