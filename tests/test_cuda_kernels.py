@@ -12,18 +12,31 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from emulated_kernels import ROOT, assert_near, compiled, widened
 from op_cases import bounds, randn
 from torch import Tensor
 
+from mlmfast.reference.attention import attention as plain_attention
 from mlmfast.reference.disentangled_attention import disentangled_attention as plain
 
-ROOT = Path(__file__).parents[1]
+# How many of each the extension has, of widths, rows and dtypes.
+KERNELS = {
+    "attend_blocks": 6,
+    "attend_queries": 6,
+    "attend_plainly": 6,
+    "linear_tiles": 12,
+    "add_layer_norm_rows": 2,
+    "masked_embedding_rows": 2,
+    "topk_parts_of": 6,
+    "topk_rows": 1,
+}
 
 
 class Attention(ctypes.Structure):
@@ -39,22 +52,16 @@ class Attention(ctypes.Structure):
         ),
         ("reach", ctypes.c_int32),
         ("width", ctypes.c_int32),
+        ("window", ctypes.c_int32),
         ("log2_scale", ctypes.c_float),
     ]
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
-    compiler = next(filter(None, map(shutil.which, [*os.environ.get("CXX", "").split()[:1], "g++", "c++"])), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
-    source = ROOT / "tests/emulated/disentangled_attention.cpp"
-    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).disentangled_attention
+    function = compiled("disentangled_attention", tmp_path_factory.mktemp("emulated")).disentangled_attention
 
-    def call(few: bool, *given: Any) -> Tensor:
+    def call(few: bool, *given: Any, window: int = -1) -> Tensor:
         q, k, v, pos_key, pos_query, buckets, cu_q, cu_k, most, _, places, scale = given
         out = torch.full_like(q, torch.nan)
         rows = {"q": q, "k": k, "v": v, "out": out, "key": pos_key, "query": pos_query}
@@ -68,8 +75,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
         a = Attention(
             **{name: None if x is None else x.data_ptr() for name, x in pointers.items()},
             **strides,
-            reach=len(buckets) // 2,
+            reach=0 if buckets is None else len(buckets) // 2,
             width=q.shape[2],
+            window=window,
             log2_scale=scale * 1.4426950408889634,
         )
         half = q.dtype == torch.float16
@@ -101,10 +109,7 @@ def arguments(lengths: list[int], width: int, dtype: torch.dtype, terms: str, re
 
 def check(found: Tensor, given: list[Any]) -> None:
     """Within twice the error of plain torch in the dtype, plus 1e-3, of plain torch in float64."""
-    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
-    right, own = plain(*wide), plain(*given)
-    assert bool(torch.isfinite(found).all())
-    assert (found.double() - right).abs().max() <= 2 * (own.double() - right).abs().max() + 1e-3
+    assert_near(found, plain(*widened(given)), plain(*given))
 
 
 @pytest.mark.parametrize("terms", ["c2p p2c", "c2p", "p2c", ""])
@@ -141,6 +146,26 @@ def test_few_queries_at_any_places(emulated: Callable[..., Tensor]) -> None:
     given[0] = randn(6, 2, 64, seed=9).bfloat16()
     given[6], given[8], given[10] = bounds([4, 0, 2]), 4, places
     check(emulated(True, *given), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [-1, 0, 1, 40, 1 << 30])
+def test_attention_of_few_queries_without_tables(
+    emulated: Callable[..., Tensor], window: int, dtype: torch.dtype
+) -> None:
+    q, k, v, *_ = arguments([300, 20, 5], 64, dtype, "", reach=0)
+    places = torch.tensor([299, 0, 150, 259, 3, 1])
+    q, cu_q, cu_k = q[:6], bounds([4, 0, 2]), bounds([300, 20, 5])
+    given = [q, k, v, cu_q, cu_k, 4, 300, places, 0.125, window]
+    found = emulated(True, q, k, v, None, None, None, cu_q, cu_k, 4, 300, places, 0.125, window=window)
+    assert_near(found, plain_attention(*widened(given)), plain_attention(*given))
+
+
+def test_attention_of_queries_that_are_the_keys_rows(emulated: Callable[..., Tensor]) -> None:
+    q, k, v, *_, cu, most, _, _, _ = arguments([5, 1, 9], 32, torch.bfloat16, "", reach=0)
+    given = [q, k, v, cu, cu, most, most, None, 0.2, 3]
+    found = emulated(True, q, k, v, None, None, None, cu, cu, most, most, None, 0.2, window=3)
+    assert_near(found, plain_attention(*widened(given)), plain_attention(*given))
 
 
 # ---- compiled for GPUs
@@ -205,8 +230,11 @@ def test_the_extension_compiles_without_spills(tmp_path: Path) -> None:
     assert read.returncode == 0, read.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert {entry["architecture"] for entry in found} == {"sm_80", "sm_90a"}
-    blocks = [entry for entry in found if entry["kernel"].startswith("attend_blocks")]
-    assert len(blocks) == 12 and all(entry["tensor_core"] > 0 for entry in blocks)
+    kernels = Counter(entry["kernel"].partition("<")[0] for entry in found)
+    assert kernels == {name: 2 * count for name, count in KERNELS.items()}
+    multiplying = [entry for entry in found if entry["kernel"].startswith(("attend_blocks", "linear_", "topk_parts"))]
+    assert len(multiplying) == 48 and all(entry["tensor_core"] > 0 for entry in multiplying)
+    assert not any(entry["stack"] for entry in found)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,18 @@ using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
 MLMFAST_DEVICE int thread() { return threadIdx.x; }
+MLMFAST_DEVICE int threads() { return blockDim.x; }
 MLMFAST_DEVICE void sync_block() { __syncthreads(); }
 MLMFAST_DEVICE void sync_warp() { __syncwarp(); }
-MLMFAST_DEVICE float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+template <class V>
+MLMFAST_DEVICE V exchange(V x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+template <class V>
+MLMFAST_DEVICE V of_lane(V x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+MLMFAST_DEVICE bool in_any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 MLMFAST_DEVICE float power_of_2(float x) { return exp2f(x); }
 MLMFAST_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
 MLMFAST_DEVICE float to_float(float16 x) { return __half2float(x); }
@@ -38,6 +47,18 @@ template <>
 MLMFAST_DEVICE uint32_t pair<float16>(float first, float second) {
   const __half2 both = __floats2half2_rn(first, second);
   return reinterpret_cast<const uint32_t&>(both);
+}
+
+// A number rounded to 16 bits.
+template <class T>
+MLMFAST_DEVICE T narrow(float x);
+template <>
+MLMFAST_DEVICE bfloat16 narrow<bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+MLMFAST_DEVICE float16 narrow<float16>(float x) {
+  return __float2half_rn(x);
 }
 
 // sums[16, 8] += a[16, 16] @ b[16, 8] on the tensor cores, fragments as PTX's mma.m16n8k16 has them.
@@ -82,6 +103,25 @@ MLMFAST_DEVICE void copy_16(void* shared, const void* global, bool there) {
                : "memory");
 }
 MLMFAST_DEVICE void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// 16 bytes of memory that nobody writes while the kernel runs, to registers; zeros if they are not `there`. What is loaded
+// once leaves the first-level cache to what is loaded again.
+MLMFAST_DEVICE void load_once(uint32_t (&into)[4], const void* global, bool there) {
+  asm volatile(
+      "{.reg .pred there; setp.ne.u32 there, %5, 0;\n"
+      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@there ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(into[0]), "=&r"(into[1]), "=&r"(into[2]), "=&r"(into[3])
+      : "l"(global), "r"(there ? 1 : 0));
+}
+MLMFAST_DEVICE void load_again(uint32_t (&into)[4], const void* global, bool there) {
+  asm volatile(
+      "{.reg .pred there; setp.ne.u32 there, %5, 0;\n"
+      "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];}"
+      : "=&r"(into[0]), "=&r"(into[1]), "=&r"(into[2]), "=&r"(into[3])
+      : "l"(global), "r"(there ? 1 : 0));
+}
 
 }  // namespace mlmfast::cuda
 

@@ -46,15 +46,6 @@ void launch(const Attention& a, int64_t sequences, int64_t rows, int64_t heads, 
   }
 }
 
-// Heads that the kernels can read in pieces of 16 bytes.
-void check_heads(const char* name, const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == like.size(1) && x.size(2) == like.size(2), OP, ": ", name,
-                  " must be [rows, heads, width] as q is");
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), OP, ": ", name, " has another dtype than q");
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), OP, ": ", name, " is on another device");
-  STD_TORCH_CHECK(in_pieces(x), OP, ": ", name, " must have heads on 16-byte bounds");
-}
-
 }  // namespace
 
 Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& pos_key,
@@ -63,9 +54,9 @@ Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                               double scale) {
   const ScalarType type = q.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, OP, " takes bfloat16 and float16");
-  check_heads("q", q, q);
-  check_heads("k", k, q);
-  check_heads("v", v, q);
+  check_heads(OP, "q", q, q);
+  check_heads(OP, "k", k, q);
+  check_heads(OP, "v", v, q);
   STD_TORCH_CHECK(k.size(0) == v.size(0), OP, ": k and v must have as many rows");
   check_ints(OP, "buckets", buckets, ScalarType::Int, q);
   check_ints(OP, "cu_seqlens_q", cu_seqlens_q, ScalarType::Int, q);
@@ -86,17 +77,17 @@ Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   a.v_row = v.stride(0), a.v_head = v.stride(1);
   a.out_row = out.stride(0), a.out_head = out.stride(1);
   if (pos_key) {
-    check_heads("pos_key", *pos_key, q);
+    check_heads(OP, "pos_key", *pos_key, q);
     a.pos_key = pos_key->const_data_ptr(), a.key_row = pos_key->stride(0), a.key_head = pos_key->stride(1);
   }
   if (pos_query) {
-    check_heads("pos_query", *pos_query, q);
+    check_heads(OP, "pos_query", *pos_query, q);
     a.pos_query = pos_query->const_data_ptr(), a.query_row = pos_query->stride(0), a.query_head = pos_query->stride(1);
   }
   a.cu_q = cu_seqlens_q.const_data_ptr<int32_t>(), a.cu_k = cu_seqlens_k.const_data_ptr<int32_t>();
   a.q_positions = q_positions ? q_positions->const_data_ptr<int64_t>() : nullptr;
   a.buckets = buckets.const_data_ptr<int32_t>();
-  a.reach = static_cast<int32_t>(buckets.size(0) / 2), a.width = static_cast<int32_t>(q.size(2));
+  a.reach = static_cast<int32_t>(buckets.size(0) / 2), a.width = static_cast<int32_t>(q.size(2)), a.window = -1;
   a.log2_scale = static_cast<float>(scale * 1.4426950408889634);
 
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());

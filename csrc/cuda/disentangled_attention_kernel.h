@@ -9,7 +9,7 @@
 // From one block of keys to the next all distances fall by 64, so half of the table rows stay where they are.
 #pragma once
 
-#include "device.h"
+#include "rows.h"
 
 namespace mlmfast::cuda {
 
@@ -23,6 +23,7 @@ struct Attention {
   int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;  // strides, in numbers
   int64_t key_row, key_head, query_row, query_head;                        // of the tables
   int32_t reach, width;
+  int32_t window;  // greatest distance that a query of a few sees, or -1
   float log2_scale;  // of scores, in powers of 2
 };
 
@@ -98,21 +99,6 @@ MLMFAST_DEVICE void put_down(float* band, int stride, const float (&sums)[4]) {
   place[0] = sums[0], place[1] = sums[1];
   place[8 * stride] = sums[2], place[8 * stride + 1] = sums[3];
 }
-
-// The greatest, or the sum, of what `LANES` neighbouring lanes have; four hold a row of a fragment.
-template <int LANES, class Combine>
-MLMFAST_DEVICE float over_lanes(float x, const Combine& combine) {
-#pragma unroll
-  for (int mask = 1; mask < LANES; mask *= 2) x = combine(x, exchange(x, mask));
-  return x;
-}
-
-struct Greater {
-  MLMFAST_DEVICE float operator()(float x, float y) const { return fmaxf(x, y); }
-};
-struct Sum {
-  MLMFAST_DEVICE float operator()(float x, float y) const { return x + y; }
-};
 
 template <int D, class T>
 MLMFAST_DEVICE void attend_block(const Attention& a, int sequence, int head, int first_query, char* shared) {
@@ -259,16 +245,6 @@ MLMFAST_DEVICE void attend_block(const Attention& a, int sequence, int head, int
 
 // ---- few queries, at any places: a block each, on the plain cores
 
-// The sequence that a query row belongs to: the last one that begins at it or before.
-MLMFAST_BOTH int sequence_of(const int32_t* cu_seqlens, int sequences, int row) {
-  int first = 0, last = sequences;
-  while (last - first > 1) {
-    const int middle = (first + last) / 2;
-    (cu_seqlens[middle] <= row ? first : last) = middle;
-  }
-  return first;
-}
-
 // Eight 16-bit numbers, 16 bytes apart from the next.
 template <class T>
 struct alignas(16) Eight {
@@ -282,18 +258,6 @@ struct FewLayout {
   static constexpr int QUERY = 0, WEIGHTS = QUERY + D, SHARED = WEIGHTS + KEYS, MIXED = SHARED + WARPS;
   static constexpr int BYTES = (MIXED + GROUPS * D) * 4;
 };
-
-// The greatest, or the sum, over the block; `room` is a number a warp.
-template <class Combine>
-MLMFAST_DEVICE float over_block(float x, float* room, const Combine& combine) {
-  x = over_lanes<32>(x, combine);
-  if (thread() % 32 == 0) room[thread() / 32] = x;
-  sync_block();
-  x = room[0];
-  for (int warp = 1; warp < WARPS; ++warp) x = combine(x, room[warp]);
-  sync_block();
-  return x;
-}
 
 // Its memory traffic is what it costs: every key, value and table row that the query meets is read once, in 16 bytes.
 template <int D, class T>
@@ -314,12 +278,14 @@ MLMFAST_DEVICE void attend_few(const Attention& a, int sequences, int query_row,
 
   const int piece = thread() % (D / 8), group = thread() / (D / 8);
   float mixed[8] = {}, greatest = -INFINITY, total = 0;
-  for (int first = 0; first < keys; first += L::KEYS) {
+  const int begin = a.window >= 0 && place > a.window ? place - a.window : 0;
+  const int end = a.window >= 0 && keys - place > a.window ? place + a.window + 1 : keys;
+  for (int first = begin; first < end; first += L::KEYS) {
     sync_block();  // the query is there; the weights have been read
-    const int count = keys - first < L::KEYS ? keys - first : L::KEYS;
+    const int count = end - first < L::KEYS ? end - first : L::KEYS;
     float highest = -INFINITY;
     for (int j = thread(); j < count; j += THREADS) {
-      const int64_t row = table_row(a.buckets, a.reach, place - first - j);
+      const int64_t row = a.pos_key || a.pos_query ? table_row(a.buckets, a.reach, place - first - j) : 0;
       float score = 0;
 #pragma unroll
       for (int d = 0; d < D; d += 8) {
@@ -336,11 +302,11 @@ MLMFAST_DEVICE void attend_few(const Attention& a, int sequences, int query_row,
       weights[j] = score *= a.log2_scale;
       highest = fmaxf(highest, score);
     }
-    highest = fmaxf(greatest, over_block(highest, shared + L::SHARED, Greater()));  // finite: there is a key
+    highest = fmaxf(greatest, over_block<WARPS>(highest, shared + L::SHARED, Greater()));  // finite: there is a key
     const float fade = power_of_2(greatest - highest);
     float sum = 0;
     for (int j = thread(); j < count; j += THREADS) sum += weights[j] = power_of_2(weights[j] - highest);
-    total = total * fade + over_block(sum, shared + L::SHARED, Sum());  // and all weights are there
+    total = total * fade + over_block<WARPS>(sum, shared + L::SHARED, Sum());  // and all weights are there
     greatest = highest;
 #pragma unroll
     for (int e = 0; e < 8; ++e) mixed[e] *= fade;
@@ -353,12 +319,13 @@ MLMFAST_DEVICE void attend_few(const Attention& a, int sequences, int query_row,
 #pragma unroll
   for (int e = 0; e < 8; ++e) shared[L::MIXED + group * D + 8 * piece + e] = mixed[e];
   sync_block();
+  const float whole = total > 0 ? total : 1;  // a query that sees no key mixes nothing
   T* const out = static_cast<T*>(a.out) + query_row * a.out_row + head * a.out_head;
   for (int d = 2 * thread(); d < D; d += 2 * THREADS) {
     float both[2] = {0, 0};
     for (int other = 0; other < L::GROUPS; ++other)
       for (int e = 0; e < 2; ++e) both[e] += shared[L::MIXED + other * D + d + e];
-    *reinterpret_cast<uint32_t*>(out + d) = pair<T>(both[0] / total, both[1] / total);
+    *reinterpret_cast<uint32_t*>(out + d) = pair<T>(both[0] / whole, both[1] / whole);
   }
 }
 

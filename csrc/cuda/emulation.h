@@ -7,8 +7,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -49,6 +51,10 @@ inline uint16_t bits_of(float16, float value) {
 template <class T>
 uint32_t pair(float first, float second) {
   return bits_of(T{}, first) | static_cast<uint32_t>(bits_of(T{}, second)) << 16;
+}
+template <class T>
+T narrow(float value) {
+  return T{bits_of(T{}, value)};
 }
 template <class T>
 float half_of(uint32_t both, int which) {
@@ -116,7 +122,7 @@ class Block {
   Block(int threads, const std::function<void()>& kernel)
       : kernel_(kernel),
         contexts_(threads),
-        stacks_(threads, std::vector<char>(STACK)),
+        stacks_(new char[threads * STACK]),
         done_(threads, false),
         arrivals_{std::vector<int64_t>(threads, 0), std::vector<int64_t>(threads, 0)},
         waiting_(threads, FREE),
@@ -124,7 +130,7 @@ class Block {
         gathered_(threads * SLOT * LANES) {
     for (int t = 0; t < threads; ++t) {
       getcontext(&contexts_[t]);
-      contexts_[t].uc_stack.ss_sp = stacks_[t].data();
+      contexts_[t].uc_stack.ss_sp = stacks_.get() + t * STACK;
       contexts_[t].uc_stack.ss_size = STACK;
       contexts_[t].uc_link = &home_;
       makecontext(&contexts_[t], &Block::enter, 0);
@@ -151,7 +157,7 @@ class Block {
   const std::function<void()>& kernel_;
   ucontext_t home_{};
   std::vector<ucontext_t> contexts_;
-  std::vector<std::vector<char>> stacks_;
+  std::unique_ptr<char[]> stacks_;  // not filled: most of it is never touched
   std::vector<char> done_;
   std::vector<int64_t> arrivals_[2];  // at barriers of a warp, of the block
   std::vector<int> waiting_;
@@ -160,11 +166,23 @@ class Block {
 };
 
 inline int thread() { return Block::current()->thread(); }
+inline int threads() { return Block::current()->threads(); }
 inline void sync_block() { Block::current()->wait(true); }
 inline void sync_warp() { Block::current()->wait(false); }
-inline float exchange(float x, int mask) {
+template <class V>
+V exchange(V x, int mask) {
   const int lane = thread() % 32;
   return Block::current()->put(x)[lane ^ mask];
+}
+template <class V>
+V of_lane(V x, int lane) {
+  return Block::current()->put(x)[lane];
+}
+inline bool in_any_lane(bool x) {
+  const bool* lanes = Block::current()->put(x);
+  for (int lane = 0; lane < 32; ++lane)
+    if (lanes[lane]) return true;
+  return false;
 }
 inline float power_of_2(float x) { return std::exp2(x); }
 
@@ -207,11 +225,14 @@ inline void load_matrices_turned(uint32_t (&into)[4], const void* row) {
 }
 
 inline void copy_16(void* shared, const void* global, bool there) {
+  if (there && reinterpret_cast<uintptr_t>(global) % 16) std::abort();  // a GPU would stop, too
   if (there)
     std::memcpy(shared, global, 16);
   else
     std::memset(shared, 0, 16);
 }
 inline void arrived() {}
+inline void load_once(uint32_t (&into)[4], const void* global, bool there) { copy_16(into, global, there); }
+inline void load_again(uint32_t (&into)[4], const void* global, bool there) { copy_16(into, global, there); }
 
 }  // namespace mlmfast::cuda

@@ -52,7 +52,11 @@ def disentangled_attention(
     )
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether every head of 16-bit ``x [T, H, D]`` begins at a multiple of 16 bytes."""
+    return x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
 def in_pieces(x: Tensor) -> Tensor:
     """``x [T, H, D]`` itself if every head begins at a multiple of 16 bytes; else a copy whose heads do."""
-    aligned = x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    return x if aligned(x) else x.clone(memory_format=torch.contiguous_format)
