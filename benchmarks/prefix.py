@@ -47,13 +47,15 @@ def questions(rows: Sequence[dict[str, str]], way: str) -> list[Question]:
 
 def compare(lm: Any, asked: Sequence[Question], metric: str, tokens: Sequence[int]) -> list[dict[str, Any]]:
     """A record a group of prompts, and one of all of them first."""
-    exact, near, seconds = [], [], np.zeros((2, len(asked)))
+    exact: list[Any] = []
+    near: list[Any] = []
+    seconds = np.zeros((2, len(asked)))
     for i, (prompt, options) in enumerate(asked):
         for side, (cache, into) in enumerate((("none", exact), ("prefix", near))):
             begin = time.perf_counter()
             into.append(lm.rank(prompt, options, metric=metric, cache=cache, progress=False))
             seconds[side, i] = time.perf_counter() - begin
-    groups = {"all": range(len(asked))}
+    groups = {"all": list(range(len(asked)))}
     groups |= {f"{low}-{high}": [i for i, n in enumerate(tokens) if low <= n <= high] for low, high in BANDS}
     found = []
     for name, members in groups.items():
@@ -73,7 +75,7 @@ def compare(lm: Any, asked: Sequence[Question], metric: str, tokens: Sequence[in
                 "first": [float(np.mean([one.order[0] == 0 for one in of])) for of in (right, other)],
                 "errors": errors(logprobs[1], logprobs[0]),
                 "spearman": spearman(*values),
-                "ratio": float(np.median(seconds[0, list(members)] / seconds[1, list(members)])),
+                "ratio": float(np.median(seconds[0, members] / seconds[1, members])),
             }
         )
     return found
@@ -84,9 +86,9 @@ def page(result: dict[str, Any]) -> list[str]:
     lines = [
         f'# Ranking with `cache="prefix"` (approximate) against exact, model `{result["model"]}`',
         "",
-        f"{result['rows']} rows of {result['data']}. **judge**: two options of a token or two after premise and question; "
-        f"**match**: a premise's own hypothesis among {OTHERS} others. Errors in nats a token; the right option is the first of "
-        "**match**. **Times as fast**: the median over questions of exact's seconds to prefix's, text to ranking.",
+        f"{result['rows']} rows of {result['data']}. **judge**: True or False after premise and question; **match**: a "
+        f"premise's own hypothesis, the right one, among {OTHERS} others. Errors in nats a token. **Times as fast**: the "
+        "median over questions of exact's seconds to prefix's, text to ranking.",
         "",
     ]
     header = ["way, metric, prompt's tokens", "questions", "tokens a prompt", "tokens an option", "same choice"]
