@@ -87,8 +87,8 @@ def page(result: dict[str, Any]) -> list[str]:
         f'# Ranking with `cache="prefix"` (approximate) against exact, model `{result["model"]}`',
         "",
         f"{result['rows']} rows of {result['data']}. **judge**: True or False after premise and question; **match**: a "
-        f"premise's own hypothesis, the right one, among {OTHERS} others. Errors in nats a token. **Times as fast**: the "
-        "median over questions of exact's seconds to prefix's, text to ranking.",
+        f"premise's own hypothesis, the right one, among {OTHERS} others. Errors in nats a token. **Times as fast**: "
+        "the median over questions of exact's seconds to prefix's, text to ranking.",
         "",
     ]
     header = ["way, metric, prompt's tokens", "questions", "tokens a prompt", "tokens an option", "same choice"]

@@ -81,7 +81,7 @@ def generate(lm: Any, prompts: Sequence[str], tokens: int, **manner: Any) -> lis
 
 def choices(lm: Any, prompts: Sequence[str], right: np.ndarray, **manner: Any) -> np.ndarray:
     """What each step chooses after the tokens ``right [P, n]`` before it, int64 ``[P, n]``."""
-    request: dict[str, Any] = {"num_masks": 3, "final_token": "auto", "draft": None, "seed": None}
+    request: dict[str, Any] = {"num_masks": 3, "final_token": "auto", "draft": None, "seed": None, "on_error": "raise"}
     request |= dict.fromkeys(("generation_config", "logits_processor", "stopping_criteria"))
     settings = {"max_new_tokens": right.shape[1], "eos_token_id": []}
     generating = lm._generating(list(prompts), **request, **manner, settings=settings)

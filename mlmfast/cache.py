@@ -22,6 +22,12 @@ from torch import Tensor
 
 from mlmfast.architectures.spec import Embedding, EncoderSpec
 from mlmfast.packing import Batch
+from mlmfast.staging import transferred
+
+# Bytes that a cache may take, unless what is computed together needs more; and of an accelerator's memory that is free,
+# this part.
+CACHE_BYTES = 2 << 30
+CACHE_SHARE = 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +144,12 @@ class Cache:
         moved = [(s, t) for s, t in zip(sources, targets) if s != t]
         if not moved:
             return
-        sources, targets = zip(*moved)
+        both = transferred([torch.tensor(slots) for slots in zip(*moved)], self.layers[0].keys.device)
         for layer in self.layers:
             for rows in (layer.keys, layer.values, layer.inputs):
                 if rows is not None:
                     held = rows.unflatten(0, (self.slots, self.capacity))[:, :length]
-                    held[list(targets)] = held[list(sources)]
+                    held.index_copy_(0, both[1], held.index_select(0, both[0]))
 
     def __repr__(self) -> str:
         return f"Cache(slots={self.slots}, capacity={self.capacity}, layers={len(self.layers)})"
@@ -153,6 +159,21 @@ def row_bytes(spec: EncoderSpec) -> int:
     """Bytes that a cache holds of one row."""
     per_layer = [2 * len(x.key.weight) + (0 if x.convolution is None else x.key.weight.shape[1]) for x in spec.layers]
     return sum(per_layer) * spec.embedding.words.dtype.itemsize
+
+
+def cache_slots(spec: EncoderSpec, capacity: int, wanted: int, least: int, free: int | None) -> int:
+    """How many slots a cache has.
+
+    Args:
+        spec: the model.
+        capacity: rows of a slot.
+        wanted: continuations that there will be.
+        least: of a single search, which are computed together.
+        free: bytes of the device's memory that are free; None on a CPU.
+    """
+    room = CACHE_BYTES if free is None else int(free * CACHE_SHARE)
+    most = room // (capacity * row_bytes(spec))
+    return max(least, min(wanted, most))
 
 
 def step_batch(embedding: Embedding, lines: Sequence[Line], cache: Cache, granularity: int = 1) -> StepBatch:

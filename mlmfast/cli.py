@@ -131,7 +131,13 @@ def score(
 
 
 def _write(
-    records_of: Callable[[Sequence[Row]], list[Record]], rows: Any, sink: Sink, output: str, quiet: bool, manner: str
+    records_of: Callable[[Sequence[Row]], list[Record]],
+    rows: Any,
+    sink: Sink,
+    output: str,
+    quiet: bool,
+    manner: str,
+    most: int | None = None,
 ) -> Tally:
     """Runs with a bar, says what an unfinished run has left, and ends with one line of summary."""
     from tqdm import tqdm
@@ -147,7 +153,7 @@ def _write(
             bar.set_postfix(errors=tally.errors, refresh=False)
 
         try:
-            tally = write_rows(rows, sink, records_of, show)
+            tally = write_rows(rows, sink, records_of, show, most)
         except BaseException as error:
             left = sink.close()
             bar.close()
@@ -283,7 +289,7 @@ def generate(
     """
     failed = False
     with reporting():
-        from mlmfast.corpus import generate_window, open_sink
+        from mlmfast.corpus import GENERATED_ROWS, continuation_of, generate_window, open_sink
         from mlmfast.readers import Row, format_of, read_rows
 
         if (file is None) == (prompt is None):
@@ -309,15 +315,17 @@ def generate(
             records_of = partial(generate_window, mlmfast.load(model, **loading), options)
             approximate = " (approximate)" if cache != "none" else ""
             manner = f"generated in {{seconds:.1f}} s; model {model}, cache {cache}{approximate}"
-            failed = bool(_write(records_of, rows, sink, output, quiet, manner).errors)
+            failed = bool(_write(records_of, rows, sink, output, quiet, manner, GENERATED_ROWS).errors)
         elif prompt is not None:
             lm = mlmfast.load(model, **loading)
             if as_json or not sys.stdout.isatty():
-                (record,) = generate_window(lm, options, [Row(0, prompt)])
-                if "error" in record:
-                    raise RequestError(record["error"])
-                _write_line(record)
+                found = lm.generate(prompt, progress=False, **options)
+                _write_line(continuation_of(Row(0, prompt), found))
+                if found.stopped == "interrupted":
+                    raise KeyboardInterrupt
             else:
+                if cache != "none":
+                    say(f"approximate: cache {cache}")
                 typer.echo(prompt, nl=False)
                 _print_text(lm, prompt, options)
     raise typer.Exit(1 if failed else 0)

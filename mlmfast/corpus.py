@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # plan holds, which grows with the square of a text's length (a copy a token, a row a token and copy).
 WINDOW_ROWS = 1024
 WINDOW_COST = 1 << 22
+# Continuations take a pass a token, so what is lost by an interruption is kept small.
+GENERATED_ROWS = 64
 
 
 def write_rows(
@@ -28,6 +30,7 @@ def write_rows(
     sink: Sink,
     records_of: Callable[[Sequence[Row]], list[Record]],
     on_window: Callable[[Tally], None] = lambda tally: None,
+    most: int | None = None,
 ) -> Tally:
     """Writes a record a row, in order.
 
@@ -37,6 +40,7 @@ def write_rows(
         records_of: the records of a window, :func:`score_window` or :func:`generate_window`. A row that cannot be
             computed is no error but a record with ``error``.
         on_window: called with the counts so far after every window.
+        most: rows of a window; None for :data:`WINDOW_ROWS`.
 
     Returns:
         The sink's counts.
@@ -44,7 +48,7 @@ def write_rows(
     Raises:
         RequestError: the options are wrong.
     """
-    for window in windows(rows, sink.shard_rows):
+    for window in windows(rows, sink.shard_rows, most):
         if not sink.keeps(window):
             sink.write(window, records_of(window))
         on_window(sink.tally)
@@ -74,19 +78,21 @@ def open_sink(output: str, request: dict[str, Any], shard_rows: int, stdout: Bin
     return FileSink(path.resolve(), request)
 
 
-def windows(rows: Iterable[Row], shard_rows: int | None = None) -> Iterator[list[Row]]:
+def windows(rows: Iterable[Row], shard_rows: int | None = None, most: int | None = None) -> Iterator[list[Row]]:
     """Cuts rows into windows, by the rows alone, so that a run that continues another cuts them as that one did.
 
     Args:
         shard_rows: a window ends at every multiple of this, None for nowhere.
+        most: rows of a window; None for :data:`WINDOW_ROWS`.
     """
+    most = WINDOW_ROWS if most is None else most
     window: list[Row] = []
     cost = 0
     for row in rows:
         window.append(row)
         cost += (len(row.text or "") // 3 + 2) ** 2
         at_bound = shard_rows is not None and (row.index + 1) % shard_rows == 0
-        if at_bound or len(window) == WINDOW_ROWS or cost >= WINDOW_COST:
+        if at_bound or len(window) == most or cost >= WINDOW_COST:
             yield window
             window, cost = [], 0
     if window:
@@ -104,10 +110,11 @@ def generate_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[R
     Raises:
         KeyboardInterrupt: it was interrupted; half a continuation is no record.
     """
-    seed = options["seed"] + window[0].index  # so that a sample does not depend on how rows fall into windows
+    # A row's own, so that a sample does not depend on how rows fall into windows.
+    seeds = [options["seed"] + row.index for row in window if row.error is None and row.text is not None]
     found = _records(
         window,
-        lambda texts: lm.generate(texts, on_error="return", progress=False, **{**options, "seed": seed}),
+        lambda texts: lm.generate(texts, on_error="return", progress=False, **{**options, "seed": seeds}),
         continuation_of,
     )
     if any(record.get("stopped") == "interrupted" for record in found):
@@ -139,6 +146,7 @@ def continuation_of(row: Row, outcome: Generation | TextError) -> Record:
         "tokens": outcome.tokens,
         "logprobs": [float(str(x)) for x in outcome.logprobs],
         "stopped": outcome.stopped,
+        "cache": outcome.cache,
     }
 
 

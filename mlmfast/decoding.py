@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mlmfast.architectures.spec import EncoderSpec
-from mlmfast.cache import Cache, Line, StepBatch, row_bytes, step_batch
+from mlmfast.cache import Cache, Line, StepBatch, step_batch
 from mlmfast.execution import Reader, Targets, out_of_memory
 from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan
@@ -35,10 +35,7 @@ Search = GreedySearch | BeamSearch
 
 # Continuations that are computed at once; the others wait until one has ended.
 CONTINUATIONS = 64
-# Bytes that a cache may take, unless a single search needs more; of an accelerator's memory that is free, this part.
-CACHE_BYTES = 2 << 30
-CACHE_SHARE = 0.3
-# On an accelerator: steps whose longest sequences fall into the same bucket of this many keys replay one recording.
+# Steps whose longest sequences fall into the same bucket of this many keys replay one recording.
 BUCKET = 64
 
 
@@ -133,7 +130,7 @@ def found_in(values: dict[str, np.ndarray]) -> Found:
     """What a reader gave: of the best tokens, or whole rows with the shift from log-probabilities to logits."""
     if "ids" in values:
         return Found(values["ids"], values["logprobs"])
-    return Found(None, values["logprobs"], values["logprobs"] + values["shifts"][:, None])
+    return Found(None, values["logprobs"], values["shifts"])
 
 
 class WindowSteps:
@@ -176,10 +173,12 @@ class WindowSteps:
         # Of each slot: tokens that it has rows of, and steps since all of them were computed.
         self._held = [0] * cache.slots
         self._age = [0] * cache.slots
+        self._granularity = BUCKET if record else 1
         step = partial(mask_append_step, cache=cache)
+        self._graphs: Graphs[StepBatch] | None = Graphs(step) if record else None
         self._states: Callable[[StepBatch], Tensor]
-        if record:
-            self._states = Graphs[StepBatch](step).over(spec, frame.mask_token_id, device)
+        if self._graphs is not None:
+            self._states = self._graphs.over(spec, frame.mask_token_id, device)
         else:
             self._states = lambda batch: step(spec, batch.to(device), frame.mask_token_id)
 
@@ -230,33 +229,22 @@ class WindowSteps:
 
     def _computed(self, lines: list[Line]) -> list[dict[str, np.ndarray]]:
         """What was read of some lines, of half of them at a time if memory runs out."""
-        granularity = 1 if self._device.type == "cpu" else BUCKET
-        batch: StepBatch = step_batch(self._spec.embedding, lines, self._cache, granularity)
+        batch = step_batch(self._spec.embedding, lines, self._cache, self._granularity)
         try:
             hidden = self._states(batch)
             rows = torch.arange(len(hidden), device=hidden.device)
             found = self._read(self._spec.head, hidden, Targets(torch.zeros_like(rows), rows))
             return [{name: tensor.cpu().numpy() for name, tensor in found.items()}]
         except (RuntimeError, MemoryError) as error:
-            if len(lines) == 1 or not out_of_memory(error):
+            if not out_of_memory(error):
                 raise
+            forgotten = self._graphs is not None and self._graphs.forget()  # what they held may be what was missing
+            if len(lines) == 1 and not forgotten:
+                raise
+        if forgotten:
+            return self._computed(lines)
         half = len(lines) // 2
         return self._computed(lines[:half]) + self._computed(lines[half:])
-
-
-def cache_slots(spec: EncoderSpec, capacity: int, wanted: int, least: int, free: int | None) -> int:
-    """How many slots a cache has.
-
-    Args:
-        spec: the model.
-        capacity: rows of a slot.
-        wanted: continuations that there will be.
-        least: of a single search, which are computed together.
-        free: bytes of the device's memory that are free; None on a CPU.
-    """
-    room = CACHE_BYTES if free is None else int(free * CACHE_SHARE)
-    most = room // (capacity * row_bytes(spec))
-    return max(least, min(wanted, most, CONTINUATIONS))
 
 
 class Decoder:
@@ -264,12 +252,10 @@ class Decoder:
 
     Attributes:
         searches: in the order given, their results there after each step.
-        passes: how many steps each has taken part in.
     """
 
     def __init__(self, searches: Sequence[Search], steps: Steps) -> None:
         self.searches = searches
-        self.passes = [0] * len(searches)
         self._steps = steps
 
     def run(self) -> Iterator[list[int]]:
@@ -292,15 +278,7 @@ class Decoder:
             self._steps.copy(moves, asks)
             found = self._steps(asks)
             for search in list(slots):
-                mine = rows[search]
-                self.passes[search] += 1
-                self.searches[search].take(
-                    Found(
-                        None if found.ids is None else found.ids[mine],
-                        found.logprobs[mine],
-                        None if found.logits is None else found.logits[mine],
-                    )
-                )
+                self.searches[search].take(found.at(rows[search]))
                 if self.searches[search].done:
                     for slot in slots.pop(search):
                         self._steps.release(slot)

@@ -223,10 +223,9 @@ def apply_convolution(
     taps = torch.arange(convolution.width, device=hidden.device) - convolution.width // 2
     reached = positions[:, None] + taps  # [Tq, width]
     inside = (reached >= 0) & (reached < lengths[:, None])
-    # One row of zeros past the end stands for everything outside.
-    sources = torch.where(inside, own[:, None] + taps, len(hidden))
-    padded = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
+    sources = (own[:, None] + taps).clamp(0, len(hidden) - 1)
+    read = hidden[sources].masked_fill(~inside[:, :, None], 0)  # [Tq, width, d]
     product = convolution.linear
-    convolved = linear(padded[sources].view(len(own), -1), product.weight, product.bias, convolution.activation)
+    convolved = linear(read.view(len(own), -1), product.weight, product.bias, convolution.activation)
     norm = convolution.norm
     return add_layer_norm(convolved, out, None, norm.weight, norm.bias, norm.eps)

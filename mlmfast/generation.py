@@ -6,6 +6,7 @@ Checks the request, makes a search a prompt, lets :class:`mlmfast.decoding.Decod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,8 +16,8 @@ import torch
 from mlmfast.architectures.spec import EncoderSpec
 from mlmfast.arguments import check_on_error
 from mlmfast.budget import free_memory
-from mlmfast.cache import Cache
-from mlmfast.decoding import CONTINUATIONS, Decoder, ExactSteps, Frame, Search, Steps, WindowSteps, cache_slots
+from mlmfast.cache import Cache, cache_slots
+from mlmfast.decoding import CONTINUATIONS, Decoder, ExactSteps, Frame, Search, Steps, WindowSteps
 from mlmfast.errors import RequestError, TextError
 from mlmfast.execution import Reader, read_best, read_logits, run
 from mlmfast.results import Generation
@@ -112,7 +113,7 @@ class Generating:
         generation_config: Any,
         logits_processor: Any,
         stopping_criteria: Any,
-        seed: int | None,
+        seed: int | Sequence[int] | None,
         on_error: str,
         settings: dict[str, Any],
     ) -> None:
@@ -124,17 +125,24 @@ class Generating:
         self.manner = Manner.checked(num_masks, cache, recompute, refresh, draft, settings)
         before, after = encoder.surroundings()
         if final_token != "auto":
-            after = _final(final_token, lm.tokenizer)
+            after = _final(final_token, lm.tokenizer, len(spec.embedding.words))
         self.frame = Frame(before, num_masks, after, encoder.mask_token_id)
         stop_ids = stop_ids_of(settings, lm.tokenizer)
         criteria = criteria_of(settings, lm.tokenizer, stopping_criteria or ())
-        seed = int(torch.randint(1 << 31, ())) if seed is None else seed
         copies = settings["num_return_sequences"] if settings["do_sample"] else 1
+        if not settings["do_sample"]:
+            seed = 0  # and the caller's random state is left alone
+        elif seed is None:
+            seed = int(torch.randint(1 << 31, ()))
+        seeds = [seed + i * copies for i in range(len(self.prompts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(self.prompts):
+            raise RequestError(f"{len(seeds)} seeds were given for {len(self.prompts)} prompts")
         self.errors: dict[int, TextError] = {}
         self.searches: list[Search] = []
         self.prompt_ids: list[list[int]] = []  # of each search, as the three below
         self.rules: list[Rules] = []
         self.owners: list[int] = []  # its prompt
+        self.on_error = on_error
         for i, ids in enumerate(encoder.encode_prompts(self.prompts)):
             room = self._room(i, ids)
             if isinstance(ids, TextError) or isinstance(room, TextError):
@@ -145,13 +153,16 @@ class Generating:
             most = min(settings["max_new_tokens"], room)
             rules = Rules(settings, len(ids), most, stop_ids, list(logits_processor or ()), criteria)
             for copy in range(copies):
-                self.searches.append(self._search(ids, rules, seed + i * copies + copy))
+                self.searches.append(self._search(ids, rules, seeds[i] + copy))
                 self.prompt_ids.append(ids)
                 self.rules.append(rules)
                 self.owners.append(i)
+        self.passes = [0] * len(self.searches)  # steps that each has taken part in
 
     def require_one(self, what: str) -> None:
         """Raises RequestError unless there is a single search whose tokens are final as they come."""
+        for error in self.errors.values():
+            raise error
         if len(self.searches) != 1 or self.settings["num_beams"] > 1:
             raise RequestError(f"{what} follows one prompt without beams: pass one prompt, num_beams=1")
 
@@ -191,13 +202,14 @@ class Generating:
         if not self.searches:
             return
         with self.lm._computing():
-            self.decoder = Decoder(self.searches, self._steps())
-        steps = self.decoder.run()
+            steps = Decoder(self.searches, self._steps()).run()
         while True:
             with self.lm._computing():  # around each step, so that nothing of it surrounds the caller's code
                 took = next(steps, None)
             if took is None:
                 return
+            for search in took:
+                self.passes[search] += 1
             yield took
 
     def _reader(self) -> Reader:
@@ -207,17 +219,18 @@ class Generating:
     def _steps(self) -> Steps:
         means = self.lm._means(self.spec)
         read = self._reader()
-        beams = self.settings["num_beams"]
+        width = self.searches[0].slots
         if self.manner.recompute is None:
             return ExactSteps(
                 self.frame,
                 lambda plan: run(self.spec, plan, read, **means),
-                max(CONTINUATIONS // beams, 1) * beams,
+                max(CONTINUATIONS // width, 1) * width,
             )
         capacity = self.frame.tokens + max(len(ids) + r.most for ids, r in zip(self.prompt_ids, self.rules))
         device = means["device"]
         free = free_memory(device) if device.type == "cuda" else None
-        slots = cache_slots(self.spec, capacity, beams * len(self.searches), beams, free)
+        wanted = min(CONTINUATIONS, width * len(self.searches))
+        slots = cache_slots(self.spec, capacity, wanted, width, free)
         return WindowSteps(
             self.spec,
             self.frame,
@@ -232,12 +245,18 @@ class Generating:
 
     def results(self) -> list[Generation | TextError]:
         """What stands: finished or not, prompt by prompt in the order given, best first."""
-        found: dict[int, list[Generation | TextError]] = {i: [error] for i, error in self.errors.items()}
+        returned = self.settings["num_return_sequences"]
+        found: dict[int, list[Generation | TextError]] = {i: [error] * returned for i, error in self.errors.items()}
         for search, (owner, one) in enumerate(zip(self.owners, self.searches)):
             found.setdefault(owner, []).extend(self._generation(search, line) for line in one.results())
         return [one for i in range(len(self.prompts)) for one in found[i]]
 
-    def _generation(self, search: int, line: Hypothesis) -> Generation:
+    def _generation(self, search: int, line: Hypothesis) -> Generation | TextError:
+        if line.finished == "not finite":
+            error = TextError(self.owners[search], self.lm._not_finite())
+            if self.on_error == "raise":
+                raise error
+            return error
         generated = line.token_ids[len(self.prompt_ids[search]) :]
         stopped = line.finished or "interrupted"
         if stopped == "length" and self.rules[search].most < self.settings["max_new_tokens"]:
@@ -250,7 +269,7 @@ class Generating:
             token_ids=ids,
             logprobs=np.array(line.logprobs, np.float32),
             stopped=stopped,
-            passes=self.decoder.passes[search],
+            passes=self.passes[search],
             score=line.score if self.settings["num_beams"] > 1 else None,
             cache=self.manner.cache,
         )
@@ -275,6 +294,7 @@ class Generating:
             if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > len(shown):
                 yield text[len(shown) :]
                 shown = text
+        self.results()  # which raises if the model's numbers were no numbers
         text = self.text(0, line.token_ids[start:])
         if text.startswith(shown) and len(text) > len(shown):
             yield text[len(shown) :]
@@ -301,7 +321,17 @@ def streaming(generating: Generating, streamer: Any) -> Callable[[], None]:
     return put
 
 
-def _final(final_token: str | int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
+@contextmanager
+def ending(streamer: Any) -> Iterator[None]:
+    """Tells a streamer, if there is one, that its text has ended, however it has."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+
+def _final(final_token: str | int | Sequence[int] | None, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     """Token ids of what the caller wants after the masks."""
     if final_token is None:
         return ()
@@ -310,4 +340,7 @@ def _final(final_token: str | int | Sequence[int] | None, tokenizer: Any) -> tup
         if found is None or tokenizer.convert_ids_to_tokens(found) != final_token:
             raise RequestError(f"final_token={final_token!r} is no token of this tokenizer")
         return (found,)
-    return (final_token,) if isinstance(final_token, int) else tuple(final_token)
+    ids = tuple(int(one) for one in np.atleast_1d(np.asarray(final_token, np.int64)))
+    if not all(0 <= one < vocab_size for one in ids):
+        raise RequestError(f"final_token={final_token!r} is outside the vocabulary of {vocab_size}")
+    return ids

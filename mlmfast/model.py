@@ -26,7 +26,7 @@ from mlmfast.budget import usual_batch_tokens
 from mlmfast.cpu import products
 from mlmfast.errors import MLMFastError, RequestError, TextError
 from mlmfast.execution import Reader, compute, head_states, read_best, read_logprobs, read_rows, run
-from mlmfast.generation import Generating, streaming
+from mlmfast.generation import Generating, ending, streaming
 from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan, check_metric, make_plan
 from mlmfast.packing import PackedBatch
@@ -350,7 +350,7 @@ class MaskedLM:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         streamer: Any = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         on_error: str = "raise",
         progress: bool | None = None,
         **settings: Any,
@@ -365,19 +365,20 @@ class MaskedLM:
             num_masks: masks at the end of each step. DeBERTa, which was trained on spans of up to three, wants 3; with
                 one it takes every token for the last.
             cache: ``"none"``: every step is a whole pass, exact. ``"window"``: **approximate**, keys and values of
-                earlier tokens are kept, and a step computes the last ``recompute`` tokens and the masks.
+                earlier tokens are kept, and a step computes the last ``recompute`` tokens and the masks. It holds the
+                longest prompt and ``max_new_tokens`` rows for each continuation that is computed at once.
             recompute: of the window cache, 8 unless given; as many as there are tokens make it exact.
             refresh: of the window cache: every so many steps all tokens are computed, 16 unless given; None for never.
             draft: ``"masks"``: for greedy search, the masks after the first draft tokens that the next pass verifies:
-                the same tokens in fewer, larger passes. None: a token a pass.
+                the same tokens, up to the dtype's rounding, in fewer and larger passes. None: a token a pass.
             final_token: what stands after the masks: ``"auto"`` for what the tokenizer puts at the end of a text, a
                 token, its id or ids, or None for nothing.
             generation_config: transformers' ``GenerationConfig``; ``settings`` go before it.
             logits_processor, stopping_criteria: lists of transformers' objects. They are called for one prompt at a
                 time, with its tokens without special ones; criteria get no scores.
             streamer: transformers' ``TextStreamer`` or its like, for a single prompt without beams.
-            seed: of sampling. A prompt's result depends on it and on the prompt's place in the list, not on the other
-                prompts.
+            seed: of sampling, one for all or one a prompt. With one for all a prompt's result depends on it and on the
+                prompt's place in the list, not on the other prompts. None draws one from torch's random state.
             on_error: ``"raise"``, or ``"return"`` to have a :class:`TextError` stand in the place of a prompt that
                 cannot be continued.
             progress: a bar on stderr; None shows one on a terminal if it takes more than two seconds.
@@ -424,7 +425,7 @@ class MaskedLM:
             disable=None if progress is None else not progress,
             leave=bool(progress),
         )
-        with bar:
+        with bar, ending(streamer):
             try:
                 for took in generating.run():
                     if put is not None:
@@ -432,10 +433,8 @@ class MaskedLM:
                     bar.update(sum(generating.searches[i].done for i in took))
             except KeyboardInterrupt:
                 pass  # what there is so far says that it was interrupted
-        if streamer is not None:
-            streamer.end()
         found = generating.results()
-        return found[0] if single and len(found) == 1 else found
+        return found[0] if single and generating.settings["num_return_sequences"] == 1 else found
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """The text that :meth:`generate` adds to one prompt, in pieces as they are chosen.

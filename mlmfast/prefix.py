@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from mlmfast.architectures.spec import EncoderSpec
-from mlmfast.cache import Cache, Line, step_batch
+from mlmfast.budget import free_memory
+from mlmfast.cache import Cache, Line, cache_slots, step_batch
 from mlmfast.execution import Reader, Targets
 from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan, TokenSequence, make_plan
@@ -50,7 +51,8 @@ def compute_after_prefix(
 ) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
     """:func:`mlmfast.execution.compute`, approximately: sequences that begin alike share their beginning's states.
 
-    ``batch_tokens`` and ``graphs`` are not used: a pass is over a few rows of :data:`SLOTS` copies.
+    A pass is over the rows after the prefix of :data:`SLOTS` copies, or of as many as memory and ``batch_tokens``
+    allow. ``graphs`` are not used.
     """
     if not sequences:
         return
@@ -58,7 +60,7 @@ def compute_after_prefix(
     for length in sorted({len(sequence) for sequence in sequences}):
         places = [i for i, sequence in enumerate(sequences) if len(sequence) == length]
         plan = make_plan([sequences[i] for i in places], mask_token_id, **masking)
-        values = _run(spec, plan, sequences[places[0]].special, prefix, read, device)
+        values = _run(spec, plan, sequences[places[0]].special, prefix, read, device, batch_tokens)
         advance(len(places))
         for n, place in enumerate(places):
             mine = slice(plan.score_offsets[n], plan.score_offsets[n + 1])
@@ -66,14 +68,22 @@ def compute_after_prefix(
 
 
 def _run(
-    spec: EncoderSpec, plan: MaskPlan, special: np.ndarray, prefix: int, read: Reader, device: torch.device
+    spec: EncoderSpec,
+    plan: MaskPlan,
+    special: np.ndarray,
+    prefix: int,
+    read: Reader,
+    device: torch.device,
+    batch_tokens: int,
 ) -> dict[str, np.ndarray]:
     """What is read at a plan's targets, named arrays with a row a target in the plan's order.
 
     All its sequences are as long as ``special`` bool ``[L]``, which says where one of them has special tokens.
     """
     first, which = distinct_copies(plan)
-    cache = Cache(spec, min(SLOTS, len(first)), len(special))
+    free = free_memory(device) if device.type == "cuda" else None
+    slots = cache_slots(spec, len(special), min(SLOTS, len(first)), 1, free)
+    cache = Cache(spec, max(1, min(slots, batch_tokens // (len(special) - prefix))), len(special))
     # Nothing of any answer: a mask at each token after the prefix.
     hidden = np.flatnonzero(~special & (np.arange(len(special)) >= prefix))
     ids = plan.sequences[0].copy()

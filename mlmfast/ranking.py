@@ -73,4 +73,5 @@ def record_of(question: Question, outcome: Ranking | str, number: int) -> dict[s
         "probabilities": outcome.probabilities.tolist(),
         "best": outcome.best,
         "order": outcome.order,
+        "cache": outcome.cache,
     }

@@ -6,6 +6,7 @@ never ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,13 +74,16 @@ IRRELEVANT = {
     "cache_config",
     "cache_implementation",
     "decoder_start_token_id",
-    "max_length",  # of prompt and answer together; max_new_tokens bounds the answer
     "pad_token_id",
     "return_dict_in_generate",
     "transformers_version",
     "use_cache",
     "_from_model_config",
 }
+
+
+# Fields that mean nothing unless tokens are drawn.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def settings_of(config: GenerationConfig | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -94,14 +98,26 @@ def settings_of(config: GenerationConfig | None, given: dict[str, Any]) -> dict[
     settings = dict(SUPPORTED)
     if config is not None:
         usual = GenerationConfig().to_dict()
+        later: dict[str, Any] = getattr(
+            GenerationConfig, "_get_default_generation_params", dict
+        )()  # what None comes to mean
         for name, value in config.to_dict().items():
-            if value is None or value == usual.get(name) or name in IRRELEVANT:
+            if value is None or value in (usual.get(name), later.get(name)) or name in IRRELEVANT:
+                continue
+            if name == "max_length":  # of prompt and answer together
+                if config.max_new_tokens is None and given.get("max_new_tokens") is None:
+                    raise RequestError(f"generation_config asks for max_length={value}; pass max_new_tokens instead")
                 continue
             if name not in SUPPORTED:
                 raise RequestError(f"generation_config asks for {name}={value!r}, which generate() cannot do")
             settings[name] = value
-    settings |= {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    settings |= chosen
     _check(settings)
+    if not settings["do_sample"]:
+        for name in SAMPLING:
+            if chosen.get(name, SUPPORTED[name]) != SUPPORTED[name]:
+                raise RequestError(f"{name}={chosen[name]!r} is for sampling: pass do_sample=True")
     return settings
 
 
@@ -110,6 +126,14 @@ def _check(settings: dict[str, Any]) -> None:
         value = settings[name]
         if not isinstance(value, int) or value < least:
             raise RequestError(f"{name}={value!r} is not a whole number from {least}")
+    for name, least in (("top_k", 0), ("no_repeat_ngram_size", 0)):
+        if not isinstance(settings[name], int) or settings[name] < least:
+            raise RequestError(f"{name}={settings[name]!r} is not a whole number from {least}")
+    for name, most in (("temperature", math.inf), ("repetition_penalty", math.inf), ("top_p", 1.0)):
+        if not isinstance(settings[name], (int, float)) or not 0 < settings[name] <= most:
+            raise RequestError(f"{name}={settings[name]!r} is not a number above 0" + (" up to 1" if most == 1 else ""))
+    if settings["early_stopping"] not in (True, False, "never"):
+        raise RequestError(f"early_stopping={settings['early_stopping']!r} is none of True, False and 'never'")
     if settings["min_new_tokens"] > settings["max_new_tokens"]:
         raise RequestError(
             f"min_new_tokens={settings['min_new_tokens']} is more than max_new_tokens={settings['max_new_tokens']}"
@@ -164,7 +188,17 @@ class Rules:
         return self.settings["early_stopping"]
 
     def processors(self) -> LogitsProcessorList:
-        """Made anew for each search, in transformers' order; empty where nothing changes the model's scores."""
+        """Made anew for each search, in transformers' order; empty where nothing changes the model's scores.
+
+        Raises:
+            RequestError: transformers refuses a setting.
+        """
+        try:
+            return LogitsProcessorList(self._processors())
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"transformers refuses these settings: {error}") from error
+
+    def _processors(self) -> list[Any]:
         s = self.settings
         stops = torch.tensor(self.stop_ids, dtype=torch.long)
         found: list[Any] = []
@@ -204,7 +238,7 @@ class Rules:
                 found.append(EtaLogitsWarper(s["eta_cutoff"]))
         if s["renormalize_logits"]:
             found.append(LogitNormalization())
-        return LogitsProcessorList(found)
+        return found
 
     def stopped(self, token_ids: list[int]) -> str | None:
         """Why a continuation ends here; None if it goes on.

@@ -7,6 +7,7 @@ and chooses; it knows nothing of models, packing or caches. The rules are those 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -43,12 +44,17 @@ class Found:
     Attributes:
         ids: int64 ``[n, k]``, the best tokens, best first; None where whole rows were asked for.
         logprobs: float32 ``[n, k]`` of those, or ``[n, V]``, natural logarithms.
-        logits: float32 ``[n, V]``; None where only the best were asked for.
+        shifts: float32 ``[n]``, a logit less its log-probability; None where only the best were asked for.
     """
 
     ids: np.ndarray | None
     logprobs: np.ndarray
-    logits: np.ndarray | None = None
+    shifts: np.ndarray | None = None
+
+    def at(self, rows: slice) -> Found:
+        """What was found at some masks."""
+        ids, shifts = (None if array is None else array[rows] for array in (self.ids, self.shifts))
+        return Found(ids, self.logprobs[rows], shifts)
 
 
 @dataclass
@@ -59,7 +65,7 @@ class Hypothesis:
         token_ids: the prompt's, then the generated ones.
         logprobs: of the generated ones under the model, in nats.
         score: what beams are compared by.
-        finished: why it ended; None while it has not.
+        finished: why it ended; None while it has not. ``"not finite"``: the model's numbers are no numbers.
     """
 
     token_ids: list[int]
@@ -111,8 +117,10 @@ class GreedySearch:
         """The token chosen in a row of what was found, and its log-probability under the model."""
         if found.ids is not None:
             return int(found.ids[row, 0]), float(found.logprobs[row, 0])
-        assert found.logits is not None
-        scores = torch.from_numpy(found.logits[row : row + 1])
+        if not np.isfinite(found.logprobs[row]).any():
+            return 0, math.nan
+        assert found.shifts is not None
+        scores = torch.from_numpy(found.logprobs[row : row + 1] + found.shifts[row])
         scores = processed(self.processors, [self.line.token_ids], scores)
         if self.rules.sample:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
@@ -123,11 +131,12 @@ class GreedySearch:
     def _append(self, token: int, logprob: float) -> None:
         self.line.token_ids.append(token)
         self.line.logprobs.append(logprob)
-        self.line.finished = self.rules.stopped(self.line.token_ids)
+        finite = math.isfinite(logprob)
+        self.line.finished = self.rules.stopped(self.line.token_ids) if finite else "not finite"
 
 
 class DraftedSearch(GreedySearch):
-    """Greedy search, several tokens a pass, and the same tokens.
+    """Greedy search, several tokens a pass, and the same tokens up to rounding.
 
     The masks after the first predict tokens, too: the draft. The next pass computes the prompt with none, one, two ...
     of them appended, each with masks of its own, as plain search would. The first of these copies always counts, and
@@ -139,7 +148,7 @@ class DraftedSearch(GreedySearch):
 
     def __init__(self, prompt: Sequence[int], rules: Rules, masks: int) -> None:
         super().__init__(prompt, rules)
-        self.masks = masks
+        self.masks = self.slots = masks  # as many copies as it asks for at most
         self.draft: list[int] = []
 
     def asks(self) -> list[Ask]:
@@ -190,6 +199,10 @@ class BeamSearch:
 
     def take(self, found: Found) -> None:
         beams, rules = self.rules.beams, self.rules
+        if np.isnan(found.logprobs).any():
+            self.finished = [Hypothesis([*self.running[0].token_ids, 0], [math.nan], math.nan, "not finite")]
+            self.done = True
+            return
         before = np.array([line.score for line in self.running], np.float32)
         if found.ids is not None:
             ids, logprobs, scores = found.ids, found.logprobs, found.logprobs.astype(np.float32)
@@ -230,9 +243,11 @@ class BeamSearch:
         self.done = not self.improvable or (full and rules.early_stopping is True)
 
     def results(self) -> list[Hypothesis]:
-        found = self.finished or [
-            Hypothesis(line.token_ids, line.logprobs, self._penalised(line)) for line in self.running if line.logprobs
-        ]
+        found = list(self.finished)
+        if not self.done:  # interrupted: what was under way counts as it stands
+            under_way = [line for line in self.running if line.logprobs]
+            found += [Hypothesis(line.token_ids, line.logprobs, self._penalised(line)) for line in under_way]
+            found.sort(key=lambda line: -line.score)
         return (found or self.running)[: self.rules.returned]
 
     def _penalised(self, line: Hypothesis) -> float:

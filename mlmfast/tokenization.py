@@ -109,7 +109,10 @@ class TextEncoder:
         """Special tokens that the tokenizer puts before and after a text."""
         inside = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        before = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
+        starts = [i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside]
+        if not starts:
+            raise CheckpointError(f"{self.name}: its tokenizer reads a text otherwise beside its special tokens")
+        before = starts[0]
         return tuple(whole[:before]), tuple(whole[before + len(inside) :])
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int] | TextError]:

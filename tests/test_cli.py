@@ -349,7 +349,7 @@ def test_rank_writes_what_the_python_interface_ranks(model: str) -> None:
             normalize=None if normalize == "none" else normalize,
             unconditional_prompt="The",
         )
-        assert list(record) == ["prompt", "options", "values", "probabilities", "best", "order"]
+        assert list(record) == ["prompt", "options", "values", "probabilities", "best", "order", "cache"]
         assert record["values"] == pytest.approx(expected.values, rel=1e-5)
         assert record["probabilities"] == pytest.approx(expected.probabilities, rel=1e-4)
         assert (record["best"], record["order"]) == (expected.best, expected.order)
@@ -424,6 +424,7 @@ def test_generate_writes_what_the_python_interface_generates(model: str, tmp_pat
         "tokens": expected.tokens,
         "logprobs": [float(str(x)) for x in expected.logprobs],
         "stopped": expected.stopped,
+        "cache": "none",
     }
     options = ["--num-beams", "3", "--length-penalty", "0.5", "--num-masks", "2", "--min-new-tokens", "3"]
     found = invoke("generate", prompt, "--max-new-tokens", "6", "--model", model, *options).stdout
@@ -450,6 +451,16 @@ def test_generate_reads_a_file_and_survives_its_bad_rows(model: str, tmp_path: P
     assert "cache window (approximate)" in window.stderr
 
 
+def test_a_rows_sample_is_its_own_beside_rows_that_cannot_be_read(model: str, tmp_path: Path) -> None:
+    source, whole = tmp_path / "prompts.jsonl", tmp_path / "whole.jsonl"
+    lines = ['{"text": "The cat"}', "{", '{"text": "Every dog"}', '{"text": "No sparrows"}']
+    source.write_text("\n".join(lines) + "\n")
+    whole.write_text("\n".join([lines[0], '{"text": "a"}', *lines[2:]]) + "\n")
+    arguments = ["--model", model, "--max-new-tokens", "6", "--sample", "--temperature", "4", "--seed", "3"]
+    found, expected = (records(invoke("generate", "--file", str(f), *arguments).stdout) for f in (source, whole))
+    assert [record.get("tokens") for record in found[2:]] == [record["tokens"] for record in expected[2:]]
+
+
 def test_a_window_of_rows_that_was_interrupted_is_not_written(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = mlmfast.load(model)
 
@@ -471,6 +482,8 @@ def test_a_window_of_rows_that_was_interrupted_is_not_written(model: str, monkey
         (["The cat", "--num-beams", "2", "--sample"], "beam search does not sample"),
         (["The cat", "--cache", "all"], "cache='all' is not known"),
         (["a " * 60], "leaves no room for one more"),
+        (["The cat", "--temperature", "0.5"], "temperature=0.5 is for sampling"),
+        (["The cat", "--sample", "--temperature", "0"], "temperature=0.0 is not a number above 0"),
     ],
 )
 def test_a_wrong_generation_is_one_line_and_status_2(model: str, arguments: list[str], message: str) -> None:

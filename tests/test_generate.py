@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import checkpoints
@@ -9,15 +10,24 @@ import numpy as np
 import pytest
 import torch
 from appending import Appending, appending, loop, own_generate
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import mlmfast
 from mlmfast import decoding
+from mlmfast.graphs import Graphs
 from mlmfast.model import MaskedLM
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "deberta", "deberta with a convolution"]
 LONG = 400  # positions of the small models here
 TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def every(lms: dict[str, MaskedLM], roberta_tokenizer: PreTrainedTokenizerBase) -> dict[str, MaskedLM]:
+    """All families, RoBERTa's among them, whose positions count what is no padding."""
+    roberta = checkpoints.small_roberta(len(roberta_tokenizer), max_position_embeddings=90)
+    return {**lms, "roberta": mlmfast.load(roberta, roberta_tokenizer)}
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +192,10 @@ def test_a_config_and_objects_of_transformers_are_taken(models: Any) -> None:
     assert all(30 <= token < 40 for token in found.token_ids)
 
 
-@pytest.mark.parametrize("name", ["bert", "deberta", "deberta, all of it"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "deberta, all of it"])
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"min_new_tokens": 6}], ids=str)
-def test_drafts_change_nothing_but_the_passes(lms: dict[str, MaskedLM], name: str, options: dict[str, Any]) -> None:
-    lm = lms[name]
+def test_drafts_change_nothing_but_the_passes(every: dict[str, MaskedLM], name: str, options: dict[str, Any]) -> None:
+    lm = every[name]
     prompts = checkpoints.sentences(20, seed=4)
     plain = lm.generate(prompts, max_new_tokens=10, num_masks=4, **options)
     drafted = lm.generate(prompts, max_new_tokens=10, num_masks=4, draft="masks", **options)
@@ -196,12 +206,12 @@ def test_drafts_change_nothing_but_the_passes(lms: dict[str, MaskedLM], name: st
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["bert", "deberta", "deberta, all of it"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "deberta, all of it"])
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 5}, {"repetition_penalty": 1.2}], ids=str
 )
-def test_a_window_over_everything_is_exact(lms: dict[str, MaskedLM], name: str, options: dict[str, Any]) -> None:
-    lm = lms[name]
+def test_a_window_over_everything_is_exact(every: dict[str, MaskedLM], name: str, options: dict[str, Any]) -> None:
+    lm = every[name]
     prompts = [*checkpoints.sentences(6, seed=8), "a", ""]
     exact = lm.generate(prompts, max_new_tokens=10, **options)
     for refresh, recompute in [(None, 1000), (1, 1)]:
@@ -214,15 +224,19 @@ def test_a_window_over_everything_is_exact(lms: dict[str, MaskedLM], name: str, 
             assert one.cache == "window" and "approximate" in repr(one) and other.cache == "none"
 
 
-@pytest.mark.parametrize("name", ["bert", "deberta", "deberta, all of it"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "deberta, all of it"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
 def test_a_window_does_not_depend_on_company(
-    lms: dict[str, MaskedLM], name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    every: dict[str, MaskedLM], name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = lms[name]
+    lm = every[name]
     prompts = [*checkpoints.sentences(9, seed=3), "a"]
     settings: dict[str, Any] = {"max_new_tokens": 9, "cache": "window", "recompute": 2, "refresh": 4} | options
+    # A token that comes here and there ends texts at different steps, so that slots change hands midway.
+    first = lm.generate(prompts, **settings, eos_token_id=[])
+    settings["eos_token_id"] = [int(first[0].token_ids[-1]), int(first[1].token_ids[2])]
     together = lm.generate(prompts, **settings)
+    assert len({len(g) for g in together}) > 1
     alone = [lm.generate(prompt, **settings) for prompt in prompts]
     assert [g.token_ids.tolist() for g in together] == [g.token_ids.tolist() for g in alone]
     # Fewer slots than prompts: those that wait take over slots that others have used.
@@ -230,6 +244,41 @@ def test_a_window_does_not_depend_on_company(
     monkeypatch.setattr(lm, "_batch_tokens", 20)
     few = lm.generate(prompts, **settings)
     assert [g.token_ids.tolist() for g in few] == [g.token_ids.tolist() for g in together]
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta", "deberta, all of it"])
+def test_a_windows_steps_are_recorded_once_a_bucket(
+    lms: dict[str, MaskedLM], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for CUDA graphs: steps are replayed over the same cache, and the tokens stay what they were."""
+    counts = {"recorded": 0, "replayed": 0}
+
+    def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        output = compute()  # as before a capture
+        counts["recorded"] += 1
+
+        def replay() -> Tensor:
+            counts["replayed"] += 1
+            return output.copy_(compute())
+
+        return replay
+
+    class Recorded(Graphs[Any]):
+        def __init__(self, compute: Any) -> None:
+            super().__init__(compute, lambda device: record)
+
+    lm = lms[name]
+    prompts = checkpoints.sentences(3, seed=6)
+    settings: dict[str, Any] = {"max_new_tokens": 24, "cache": "window", "recompute": 3, "refresh": None}
+    settings["eos_token_id"] = []
+    plain = lm.generate(prompts, **settings)
+    steps = decoding.WindowSteps
+    monkeypatch.setattr("mlmfast.generation.WindowSteps", lambda *a, **o: steps(*a, **{**o, "record": True}))
+    monkeypatch.setattr(decoding, "Graphs", Recorded)
+    found = lm.generate(prompts, **settings)
+    assert [g.token_ids.tolist() for g in found] == [g.token_ids.tolist() for g in plain]
+    # 24 steps of 13 to 45 rows: the first computes everything, the others fall into one bucket of 64 keys or are full.
+    assert counts["recorded"] == 1 and counts["replayed"] == 24 - 1 - 2
 
 
 def test_a_narrow_window_is_approximate(lms: dict[str, MaskedLM]) -> None:
@@ -262,6 +311,18 @@ def test_what_contradicts_itself_is_said(lms: dict[str, MaskedLM]) -> None:
         ({"max_tokens": 4}, "does not know max_tokens"),
         ({"generation_config": GenerationConfig(num_beam_groups=2)}, "num_beam_groups=2"),
         ({"streamer": object(), "num_beams": 2}, "without beams"),
+        ({"generation_config": GenerationConfig(max_length=9)}, "max_length=9; pass max_new_tokens"),
+        ({"temperature": 0.7}, "temperature=0.7 is for sampling"),
+        ({"temperature": 0.0, "do_sample": True}, "temperature=0.0 is not a number above 0"),
+        ({"top_p": 1.5, "do_sample": True}, "top_p=1.5 is not a number above 0 up to 1"),
+        ({"top_k": -1, "do_sample": True}, "top_k=-1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
+        ({"early_stopping": "sometimes", "num_beams": 2}, "early_stopping='sometimes'"),
+        ({"bad_words_ids": [[-1]]}, "transformers refuses these settings"),
+        ({"final_token": 999_999}, "outside the vocabulary"),
+        ({"final_token": -1}, "outside the vocabulary"),
+        ({"seed": [1, 2], "do_sample": True}, "2 seeds were given for 1 prompts"),
     ]
     for options, message in cases:
         with pytest.raises(mlmfast.RequestError) as error:
@@ -376,3 +437,146 @@ def test_tiny_is_the_plain_loop_and_drafts_agree() -> None:
         for options in ({}, {"draft": "masks"}, {"cache": "window", "recompute": 99}):
             found = lm.generate(prompt, max_new_tokens=10, eos_token_id=[], **options)
             assert found.token_ids.tolist() == tokens
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta"])
+def test_beams_of_mixed_lengths_are_those_of_each_prompt_in_transformers(models: Any, family: str) -> None:
+    lm, truth = both(models, family)
+    prompts = [*prompts_of(lm.tokenizer, [4, 90, 11, 302, 33]), "a"]
+    stop = sorted(set(loop(truth, ids_of(lm.tokenizer, prompts[2]), 6)[0]))[:2]
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 8, "eos_token_id": stop}
+    found = lm.generate(prompts, num_return_sequences=2, **options)
+    assert len(found) == 2 * len(prompts)
+    pad = lm.tokenizer.mask_token_id
+    for i, prompt in enumerate(prompts):
+        expected = own_generate(truth, ids_of(lm.tokenizer, prompt), pad=pad, num_return_sequences=2, **options)
+        for generation, row in zip(found[2 * i : 2 * i + 2], expected):
+            generated = generation.token_ids.tolist()
+            assert generated == row[: len(generated)] and set(row[len(generated) :]) <= {pad}
+
+
+def test_tiny_searches_as_transformers() -> None:
+    lm = mlmfast.load("tiny")
+    truth = appending(lm.model, lm.tokenizer)
+    pad = lm.tokenizer.mask_token_id
+    for seed, prompt in enumerate(("The old man went to", "It was a cold day, and the children")):
+        ids = ids_of(lm.tokenizer, prompt)
+        (expected,) = own_generate(truth, ids, pad=pad, num_beams=4, max_new_tokens=8)
+        assert lm.generate(prompt, num_beams=4, max_new_tokens=8, eos_token_id=[]).token_ids.tolist() == expected
+        torch.manual_seed(seed)
+        (expected,) = own_generate(truth, ids, pad=pad, do_sample=True, max_new_tokens=8, top_p=0.9, top_k=40)
+        sample: dict[str, Any] = {"do_sample": True, "top_p": 0.9, "top_k": 40, "seed": seed}
+        assert lm.generate(prompt, max_new_tokens=8, eos_token_id=[], **sample).token_ids.tolist() == expected
+
+
+def test_a_stop_token_within_a_draft_ends_it() -> None:
+    lm = mlmfast.load("tiny")
+    prompt = "The old man went to the"
+    whole = lm.generate(prompt, max_new_tokens=24, eos_token_id=[], draft="masks")
+    assert whole.passes < 24
+    for stop in dict.fromkeys(whole.token_ids.tolist()):
+        plain = lm.generate(prompt, max_new_tokens=24, eos_token_id=stop)
+        drafted = lm.generate(prompt, max_new_tokens=24, eos_token_id=stop, draft="masks")
+        assert drafted.token_ids.tolist() == plain.token_ids.tolist() and drafted.stopped == "token"
+
+
+def test_what_has_no_room_stands_in_its_place(bert_tokenizer: PreTrainedTokenizerBase) -> None:
+    lm = mlmfast.load(checkpoints.small_bert(len(bert_tokenizer)), bert_tokenizer)  # 48 tokens
+    (full,) = prompts_of(bert_tokenizer, [46])
+    found = lm.generate(["the cat", full, "a"], max_new_tokens=3, on_error="return")
+    assert [type(one).__name__ for one in found] == ["Generation", "TextError", "Generation"]
+    assert lm.generate("a", max_new_tokens=3).token_ids.tolist() == found[2].token_ids.tolist()
+    assert [one.index for one in lm.generate([full, full], on_error="return")] == [0, 1]
+    several = lm.generate([full, "a"], on_error="return", num_beams=2, num_return_sequences=2, max_new_tokens=3)
+    assert [type(one).__name__ for one in several] == ["TextError"] * 2 + ["Generation"] * 2
+    with pytest.raises(mlmfast.TextError, match="leaves no room"):
+        lm.stream(full, on_error="return")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"do_sample": True}, {"cache": "window"}, {"draft": "masks"}], ids=str
+)
+def test_numbers_that_are_none_are_said(bert_tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
+    model = checkpoints.small_bert(len(bert_tokenizer))
+    lm = mlmfast.load(model, bert_tokenizer)
+    lm.generate("the cat", max_new_tokens=3, **options)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.bias.fill_(torch.nan)
+    lm.refresh()
+    with pytest.raises(mlmfast.TextError, match="NaN or infinite"):
+        lm.generate("the cat", max_new_tokens=3, **options)
+    (error,) = lm.generate(["the cat"], max_new_tokens=3, on_error="return", **options)
+    assert isinstance(error, mlmfast.TextError)
+
+
+def test_new_weights_generate_anew(deberta_tokenizer: PreTrainedTokenizerBase) -> None:
+    model = checkpoints.small_deberta(len(deberta_tokenizer))
+    lm = mlmfast.load(model, deberta_tokenizer)
+    before = lm.generate("the cat", max_new_tokens=6, eos_token_id=[])
+    checkpoints.perturb(model, seed=5)
+    after = lm.generate("the cat", max_new_tokens=6, eos_token_id=[])
+    fresh = mlmfast.load(checkpoints.small_deberta(len(deberta_tokenizer), seed=5), deberta_tokenizer)
+    assert after.token_ids.tolist() == fresh.generate("the cat", max_new_tokens=6, eos_token_id=[]).token_ids.tolist()
+    assert after.token_ids.tolist() != before.token_ids.tolist()
+
+
+def test_a_window_that_runs_out_of_memory_goes_on_with_half(
+    lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = lms["deberta, all of it"]
+    prompts = checkpoints.sentences(7, seed=9)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "cache": "window", "recompute": 2, "refresh": 4}
+    right = lm.generate(prompts, **settings)
+    step, failures = decoding.mask_append_step, 0
+
+    def small_memory(spec: Any, batch: Any, mask_token_id: int, cache: Any) -> Any:
+        nonlocal failures
+        found = step(spec, batch, mask_token_id, cache)  # what it wrote before it failed is there
+        if batch.tokens > 30 and batch.copies > 3:
+            failures += 1
+            raise torch.OutOfMemoryError("out of memory")
+        return found
+
+    monkeypatch.setattr(decoding, "mask_append_step", small_memory)
+    assert [g.token_ids.tolist() for g in lm.generate(prompts, **settings)] == [g.token_ids.tolist() for g in right]
+    assert failures > 6
+
+    def no_memory(*given: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(decoding, "mask_append_step", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        lm.generate(prompts, **settings)
+
+
+def test_control_c_before_the_first_step(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlmfast.generation.Generating._steps", interrupted)
+    for options in ({}, {"num_beams": 3}):
+        (found,) = lms["bert"].generate(["the cat"], **options)
+        assert (found.stopped, len(found), found.text, found.passes) == ("interrupted", 0, "", 0)
+
+
+def test_greedy_search_leaves_the_random_state_alone(lms: dict[str, MaskedLM]) -> None:
+    state = torch.get_rng_state()
+    lms["bert"].generate("the cat", max_new_tokens=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_streamer_hears_of_the_end_whatever_ends_it(lms: dict[str, MaskedLM]) -> None:
+    class Gone:
+        ended = 0
+
+        def put(self, tokens: Tensor) -> None:
+            if tokens.numel() == 1:  # the prompt comes first
+                raise OSError("the reader is gone")
+
+        def end(self) -> None:
+            self.ended += 1
+
+    heard = Gone()
+    with pytest.raises(OSError, match="gone"):
+        lms["bert"].generate("the cat watches", streamer=heard)
+    assert heard.ended == 1

@@ -55,6 +55,7 @@ Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   a.window = -1;
   a.longest = max_seqlen_k;
   a.nearest = 1 - max_seqlen_k, a.farthest = max_seqlen_k - 1;
+  STD_TORCH_CHECK(!q_positions || q_positions->size(0) == q.size(0), op, ": q_positions must have a place a query");
   if (q_positions) {  // a few places, of a long sequence's end perhaps
     check_ints(op, "q_positions", *q_positions, ScalarType::Long);
     const int64_t* place = q_positions->const_data_ptr<int64_t>();

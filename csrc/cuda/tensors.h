@@ -90,7 +90,9 @@ inline int32_t check_int(const char* op, const char* name, int64_t x, int64_t le
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // torch 2.10's headers have no macro of their own for this.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+                  "torch tells no current stream of this device");
   return static_cast<cudaStream_t>(stream);
 }
 

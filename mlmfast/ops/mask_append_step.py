@@ -1,8 +1,9 @@
 """One incremental decoding step. **Approximate**: rows that it does not compute stay as they were.
 
 It is the one op that is made of the others, so it has no kernels and no schema of its own: every product, attention
-and norm in it is served by the backend that serves that op for a few rows, and on a GPU the whole step is recorded as
-one CUDA graph (:mod:`mlmfast.graphs`), whose buffers are the cache and the packed step.
+and norm in it is served by the backend that serves that op for a few rows, and on a GPU the step, up to the vocabulary
+op that reads its result, is recorded as one CUDA graph (:mod:`mlmfast.graphs`) whose buffers are the cache and the
+packed step.
 """
 
 from __future__ import annotations
