@@ -14,6 +14,8 @@ Speeds are of both ways in turn, question by question; they mean something on a 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from agreement import errors, spearman
-from record import machine_line, table, write
+from record import beside, machine_line, table, write
 
 METRICS = ("window", "original", "global_l2r")
 OTHERS = 4
@@ -81,8 +83,8 @@ def compare(lm: Any, asked: Sequence[Question], metric: str, tokens: Sequence[in
     return found
 
 
-def page(result: dict[str, Any]) -> list[str]:
-    """The result for readers."""
+def page(result: dict[str, Any], picture: str | None) -> list[str]:
+    """The result for readers, with a figure's name if there is one."""
     lines = [
         f'# Ranking with `cache="prefix"` (approximate) against exact, model `{result["model"]}`',
         "",
@@ -90,6 +92,7 @@ def page(result: dict[str, Any]) -> list[str]:
         f"premise's own hypothesis, the right one, among {OTHERS} others. Errors in nats a token. **Times as fast**: "
         "the median over questions of exact's seconds to prefix's, text to ranking.",
         "",
+        *([] if picture is None else [f"![choices and speed]({picture})", ""]),
     ]
     header = ["way, metric, prompt's tokens", "questions", "tokens a prompt", "tokens an option", "same choice"]
     header += ["right, exact", "right, prefix", "mean error", "bias", "99 %", "rank correlation", "times as fast"]
@@ -113,6 +116,40 @@ def page(result: dict[str, Any]) -> list[str]:
             ]
         )
     return [*lines, *table(header, rows), "", machine_line(result["machine"])]
+
+
+def draw(result: dict[str, Any], output: Path) -> None:
+    """The share of equal choices by way and metric, and the speed by the prompts' tokens."""
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    colours = dict(zip(METRICS, ["#222222", "#0072B2", "#D55E00"]))  # Okabe and Ito's
+    ways = ["judge", "match"]
+    for place, metric in enumerate(METRICS):
+        mine = [one for one in result["rows_by_group"] if one["metric"] == metric]
+        shares = [next(100 * one["equal"] for one in mine if (one["way"], one["prompts"]) == (w, "all")) for w in ways]
+        heights = [n + (place - 1) * 0.26 for n in range(len(ways))]
+        left.barh(heights, shares, 0.22, color=colours[metric], label=metric)
+        bands = [one for one in mine if one["way"] == "match" and one["prompts"] != "all"]
+        right.plot(
+            [one["prompt_tokens"] for one in bands],
+            [one["ratio"] for one in bands],
+            "o-",
+            markersize=3,
+            color=colours[metric],
+        )
+    left.set_yticks(range(len(ways)), ways)
+    left.set_xlim(0, 100)
+    left.xaxis.set_major_formatter("{x:g} %")
+    left.set_title("questions with the same choice as exact's", loc="left", fontsize=9)
+    left.legend(frameon=False, fontsize=8)
+    right.set_xlabel("tokens a prompt")
+    right.set_title("match: times as fast as exact", loc="left", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(output, dpi=160)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -145,7 +182,10 @@ def main() -> None:
         "machine": machine,
         "rows_by_group": found,
     }
-    write(given.output, result, page(result))
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        draw(result, beside(given.output, ".png"))
+    write(given.output, result, page(result, beside(given.output, ".png").name if drawn else None))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,30 @@ def test_window_prompts(script: Any) -> None:
         window.beginnings(lm, ["Too short."], 1)
 
 
+def test_prefix_on_the_bundled_model(script: Any) -> None:
+    prefix = script("prefix")
+    rows = [{"premise": f"The {n} sat by the river", "hypothesis": f"The {n} sat", "label": "True"} for n in "abcdefg"]
+    judged, matched = prefix.questions(rows, "judge"), prefix.questions(rows, "match")
+    assert judged[0][1] == [" True", " False"] and rows[0]["hypothesis"] in judged[0][0]
+    for row, (prompt, options) in zip(rows, matched):
+        assert prompt == row["premise"] and options[0] == f" {row['hypothesis']}"
+        assert len(set(options)) == 1 + prefix.OTHERS
+    lm = mlmfast.load("tiny")
+    tokens = [len(ids) for ids in lm.tokenizer([prompt for prompt, _ in matched])["input_ids"]]
+    whole, *bands = prefix.compare(lm, matched, "window", tokens)
+    assert whole["questions"] == 7 == sum(one["questions"] for one in bands)
+    assert 0 < whole["errors"]["mean"] < 2 and 0 <= whole["equal"] <= 1 and whole["ratio"] > 0
+    result = {"model": "tiny", "data": "rows", "rows": 7, "machine": prefix_machine()}
+    result["rows_by_group"] = [{"way": "match", "metric": "window"} | whole]
+    assert any(line.startswith("| match, window, all | 7 |") for line in prefix.page(result, None))
+
+
+def prefix_machine() -> dict[str, Any]:
+    from mlmfast.bench.machine import describe
+
+    return describe()
+
+
 def test_window_on_the_bundled_model(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     window = script("window")
     lm = mlmfast.load("tiny")
