@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from mlmfast.bench.generate import Bench, Row
 from mlmfast.bench.peers.generating import CausalGPT2, HuggingFaceLoop
 from mlmfast.bench.shapes import SHAPES
 from mlmfast.bench.work import Peak, weight_bytes
+from mlmfast.cache import step_batch
 
 PRODUCT = ((32, 32, 32),)
 QUICK = ["--new-tokens", "8", "--peer-tokens", "4", "--pairs", "2", "--threads", "1"]
@@ -55,7 +57,7 @@ def test_a_row_a_side(tmp_path: Path, dtype: str) -> None:
         assert (row["peak_share"] is None) == (row["side"] != "exact")
         assert (row["bandwidth_share"] is None) == (row["side"] != "window")
         assert (row["window_ratio"] is None) == (row["side"] == "window")
-        assert (row["max_abs_diff"] is None) == (row["side"] in ("window", "gpt2"))
+        assert (row["max_abs_diff"] is None) == (row["side"] == "gpt2")
         assert (row["ratio"] is None) == (row["side"] == "exact")
     exact, window, drafted, loop, wide, causal = rows[:6]
     for row in (window, drafted, loop, wide, causal):
@@ -118,8 +120,8 @@ def test_no_speed_for_a_peer_with_another_weight(monkeypatch: pytest.MonkeyPatch
 def test_no_speed_at_all_where_exact_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Bench.generate
 
-    def wrong(self: Bench, side: str, text: str) -> Any:
-        found = honest(self, side, text)
+    def wrong(self: Bench, side: str, text: str, **other: Any) -> Any:
+        found = honest(self, side, text, **other)
         found.logprobs[:] += 0.01
         return found
 
@@ -188,3 +190,17 @@ def test_impossible_requests_are_refused() -> None:
         [*toy, "--device", "moon"],
     ):
         assert invoke(*arguments).exit_code == 2, arguments
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_window_that_is_wrong_over_all_tokens_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(*given: Any, **options: Any) -> Any:
+        batch = step_batch(*given, **options)
+        return replace(batch, positions=(batch.positions - 1).clamp(min=0))
+
+    monkeypatch.setattr("mlmfast.decoding.step_batch", shifted)
+    arguments = ["--shapes", "toy-deberta", "--prompts", "12", *QUICK, "--sides", "window", "--against", "hf", "--json"]
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    exact, window, loop = (json.loads(line) for line in result.stdout.splitlines())
+    assert window["seconds_token"] is None and None not in (exact["seconds_token"], loop["seconds_token"])

@@ -47,7 +47,7 @@ def _cells(m: Measurement) -> list[str]:
     if row.same_tokens is not None:
         notes.append(f"{row.same_tokens:.0%} of tokens exact's")
     if row.max_abs_diff is not None:
-        notes.append(f"diff {row.max_abs_diff:.0e}")
+        notes.append(f"diff {row.max_abs_diff:.0e}" + (" over all tokens" if row.approximate else ""))
     if row.steps < row.new_tokens:
         notes.append(f"{row.steps} of {row.new_tokens} steps, evenly spread")
     if row.peak_share is not None:
