@@ -259,7 +259,7 @@ def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPa
         assert ("MLMFAST_BUILD_CUDA=1" in service.reason) is (problem is not None)
         wide = backends.choose("disentangled_attention", "cuda", torch.float32)
         assert wide.backend == "triton" and "float16 and bfloat16, not float32" in wide.reason
-        assert "cuda has no attention" in backends.choose("attention", "cuda", torch.bfloat16).reason
+        assert "cuda has no rotary" in backends.choose("rotary", "cuda", torch.bfloat16).reason
     backends.choose.cache_clear()
 
 

@@ -3,6 +3,7 @@
 
 #include "add_layer_norm_kernel.h"
 #include "attention_kernel.h"
+#include "few_rows_kernel.h"
 #include "masked_embedding_kernel.h"
 #include "rotary_kernel.h"
 #include "vocab_kernel.h"
@@ -21,6 +22,7 @@ extern const mlmfast::Kernels mlmfast::MLMFAST_TABLE(MLMFAST_PATH) = {
     {rotary<float>, rotary<bf16>},
     {add_layer_norm<float>, add_layer_norm<bf16>},
     {masked_embedding<float>, masked_embedding<bf16>},
+    {few_rows<float, FloatDot>, few_rows<bf16, HalfDot>},
     {vocab_sums<float>, vocab_sums<bf16>},
     {vocab_logit<float>, vocab_logit<bf16>},
     {vocab_above<float>, vocab_above<bf16>},
