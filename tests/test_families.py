@@ -13,6 +13,7 @@ import torch
 from appending import appending, loop
 from checkpoints import TEXTS, long_text, perturb, save
 from families import FAMILIES, HOLDS
+from safetensors.torch import load_file, save_file
 from transformers import (
     DistilBertForMaskedLM,
     ElectraForPreTraining,
@@ -183,6 +184,54 @@ def test_greedy_generation_is_the_plain_loop(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{"cache": "window", "recompute": 100}, {"draft": "masks"}], ids=str)
+def test_a_window_over_everything_and_drafts_are_exact(family: str, options: dict[str, Any]) -> None:
+    """Layers that share weights keep keys and values of their own."""
+    tokenizer = tokenizer_of(family)
+    lm = mlmfast.load(small(family, **(FAMILIES[family].sized(layers=3) | FAMILIES[family].narrow)), tokenizer)
+    prompts = [long_text(tokenizer, length, length) for length in (4, 9, 30)]
+    exact = lm.generate(prompts, max_new_tokens=8, eos_token_id=[])
+    for one, other in zip(lm.generate(prompts, max_new_tokens=8, eos_token_id=[], **options), exact):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision(family: str) -> None:
+    """The bound of CONTRIBUTING.md: twice plain torch's own error, plus 1e-3."""
+    tokenizer, model = tokenizer_of(family), small(family, **FAMILIES[family].narrow).to(torch.bfloat16)
+    score = mlmfast.load(model, tokenizer).score([TEXTS[1]])[0]
+    truth = reference_loop(forward_of(model), tokenizer, TEXTS[1])
+    with torch.no_grad():
+        rows = [
+            model(torch.tensor([list(ids)])).logits[0, position].float().log_softmax(-1)[target]
+            for ids, position, target in zip(truth.copies, truth.positions, truth.token_ids)
+        ]
+    own_error = np.abs(torch.stack(rows).numpy() - truth.logprobs).max()
+    assert np.abs(score.logprobs - truth.logprobs).max() <= 2 * own_error + 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_missing_head_is_refused(family: str, tmp_path: Path) -> None:
+    tokenizer, model = tokenizer_of(family), small(family)
+    save(tmp_path / "encoder", model.base_model, tokenizer)
+    with pytest.raises(CheckpointError, match="noise.*masked-LM head"):
+        mlmfast.load(tmp_path / "encoder")
+    save(tmp_path / "part", model, tokenizer)
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    head = [name for name in weights if not name.startswith(model.base_model_prefix)]
+    assert len(head) >= 5  # product, norm, and a bias of the vocabulary
+    for name in head:
+        save_file(
+            {key: weights[key] for key in weights if key != name},
+            tmp_path / "part" / "model.safetensors",
+            {"format": "pt"},
+        )
+        with pytest.raises(CheckpointError, match="noise.*masked-LM head"):
+            mlmfast.load(tmp_path / "part")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_weights_are_shared_not_copied(family: str) -> None:
     """Scores follow each of the model's parameters, those that derived tensors are made of too."""
     tasks = {"use_task_id": True} if family == "ernie" else {}
@@ -222,6 +271,17 @@ def test_an_unknown_activation_is_refused_by_name(family: str, tmp_path: Path) -
     model = small(family, **{FAMILIES[family].activation: "quick_gelu"})
     with pytest.raises(UnsupportedModelError, match=f"{family}.*{FAMILIES[family].activation}='quick_gelu'"):
         mlmfast.load(save(tmp_path, model, tokenizer_of(family)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_without_a_tokenizer_is_refused(family: str, tmp_path: Path) -> None:
+    """What transformers makes up in its place knows no word."""
+    model = small(family)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        mlmfast.load(tmp_path)
+    score = mlmfast.load(tmp_path, tokenizer_of(family)).score([TEXTS[1]])[0]
+    assert_score(score, reference_loop(forward_of(model), tokenizer_of(family), TEXTS[1]))
 
 
 def test_electras_discriminator_is_refused(tmp_path: Path) -> None:
