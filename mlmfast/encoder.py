@@ -104,7 +104,7 @@ def predict(spec: EncoderSpec, hidden: Tensor) -> Tensor:
 
 
 def embed(embedding: Embedding, batch: Batch, mask_token_id: int) -> States:
-    """Normalised embeddings of the packed rows."""
+    """What the packed rows enter the first layer with."""
     ids, masked = batch.token_ids, batch.masked_rows
     table = embedding.positions
     places = None if table is None else position_ids(embedding, batch)
@@ -117,7 +117,7 @@ def embed(embedding: Embedding, batch: Batch, mask_token_id: int) -> States:
             ids, masked, kinds = distinct // count, masked[:0], found
             places = None if places is None else distinct % count
     norm, projection = embedding.norm, embedding.projection
-    inside = projection is None  # a projection stands between the sum and its norm
+    inside = projection is None or embedding.norm_first  # else the projection stands between the sum and its norm
     hidden = masked_embedding(
         ids,
         masked,
@@ -131,7 +131,9 @@ def embed(embedding: Embedding, batch: Batch, mask_token_id: int) -> States:
         norm.bias if inside else None,
         norm.eps,
     )
-    if projection is not None:
+    if projection is not None and inside:
+        hidden = linear(hidden, projection.weight, projection.bias)
+    elif projection is not None:
         hidden = linear(hidden, projection.weight, None)
         hidden = add_layer_norm(hidden, None, projection.bias, norm.weight, norm.bias, norm.eps)
     return States(hidden, kinds)

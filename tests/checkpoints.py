@@ -126,7 +126,7 @@ def perturb(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
                 weight.copy_(1.0 + 0.3 * noise)
             elif weight.dim() == 1:
                 weight.copy_(0.3 * noise)
-            elif "embeddings" in name:
+            elif "embeddings." in name:  # a table; ELECTRA's embeddings_project is a product
                 weight.copy_(0.6 * noise)
             elif weight.dim() == 3:  # the convolution, [d, d / groups, k]
                 weight.copy_(noise / (weight.shape[1] * weight.shape[2]) ** 0.5)

@@ -14,8 +14,15 @@ from mlmfast.errors import UnsupportedModelError
 
 # model_type -> module of this package
 FAMILIES = {
+    "albert": "albert",
     "bert": "bert",
+    "camembert": "roberta",
+    "data2vec-text": "roberta",
     "deberta-v2": "deberta_v2",
+    "distilbert": "distilbert",
+    "electra": "electra",
+    "ernie": "ernie",
+    "rembert": "rembert",
     "roberta": "roberta",
     "xlm-roberta": "roberta",
 }

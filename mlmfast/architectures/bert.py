@@ -14,39 +14,46 @@ def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: st
     """The spec of a ``BertForMaskedLM``; both semantics are the same."""
     config = model.config
     predictions = model.cls.predictions
-    decoder = Linear.of(predictions.decoder)
+    transform = predictions.transform
+    act = activation(config.hidden_act, "hidden_act", config.model_type)
     return EncoderSpec(
         family=config.model_type,
-        embedding=embedding(model.bert.embeddings),
-        layers=encoder_layers(model.bert.encoder, config),
-        head=Head(
-            dense=Linear.of(predictions.transform.dense),
-            activation=activation(config.hidden_act, "hidden_act", config.model_type),
-            norm=Norm.of(predictions.transform.LayerNorm),
-            vocabulary=decoder.weight,
-            bias=decoder.bias,
-        ),
+        embedding=embedding(model.base_model.embeddings),
+        layers=encoder_layers(model.base_model.encoder, config),
+        head=head(transform.dense, act, transform.LayerNorm, predictions.decoder),
         heads=config.num_attention_heads,
         scale=(config.hidden_size // config.num_attention_heads) ** -0.5,
-        activation=activation(config.hidden_act, "hidden_act", config.model_type),
+        activation=act,
         max_length=config.max_position_embeddings,
     )
 
 
-def embedding(module: Any, first_position: int = 0, padding_id: int | None = None) -> Embedding:
-    """Embeddings laid out as BERT's, which RoBERTa shares."""
+def embedding(
+    module: Any, first_position: int = 0, padding_id: int | None = None, projection: Linear | None = None
+) -> Embedding:
+    """Embeddings laid out as BERT's, which most families share; a projection follows their norm."""
     return Embedding(
         words=table(module.word_embeddings),
         norm=Norm.of(module.LayerNorm),
         positions=table(module.position_embeddings),
         types=table(module.token_type_embeddings),
+        projection=projection,
+        norm_first=projection is not None,
         first_position=first_position,
         padding_id=padding_id,
     )
 
 
-def encoder_layers(encoder: Any, config: Any) -> list[Layer]:
-    """Layers laid out as BERT's, which RoBERTa shares.
+def head(dense: Any, act: str, norm: Any, decoder: Any) -> Head:
+    """A prediction head of BERT's four parts, under whatever names a family gives them."""
+    vocabulary = Linear.of(decoder)
+    return Head(
+        dense=Linear.of(dense), activation=act, norm=Norm.of(norm), vocabulary=vocabulary.weight, bias=vocabulary.bias
+    )
+
+
+def require_encoder(config: Any) -> None:
+    """Refuses what a config can ask for beyond an encoder with absolute positions.
 
     Raises:
         UnsupportedModelError: the config asks for a decoder, cross-attention or relative positions.
@@ -56,6 +63,15 @@ def encoder_layers(encoder: Any, config: Any) -> list[Layer]:
     require(not getattr(config, "add_cross_attention", False), name, "add_cross_attention=True")
     scheme = getattr(config, "position_embedding_type", "absolute")
     require(scheme in (None, "absolute"), name, f"position_embedding_type={scheme!r}")
+
+
+def encoder_layers(encoder: Any, config: Any) -> list[Layer]:
+    """Layers laid out as BERT's, which most families share.
+
+    Raises:
+        UnsupportedModelError: see :func:`require_encoder`.
+    """
+    require_encoder(config)
     return [
         Layer(
             query=Linear.of(layer.attention.self.query),

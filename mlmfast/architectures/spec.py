@@ -70,7 +70,8 @@ class Embedding:
         norm: LayerNorm of the result.
         positions: ``[P, e]``, absolute positions; None where the family has none.
         types: ``[K, e]``, token types; a single text is all type 0.
-        projection: from ``e`` to the hidden size, before the norm; None where they are equal.
+        projection: from ``e`` to the hidden size; None where the family has none.
+        norm_first: the norm is ``e`` wide and stands before the projection (ALBERT), not after it (DeBERTa).
         first_position: position id of a sequence's first token.
         padding_id: set where position ids count only tokens other than this one (RoBERTa).
     """
@@ -80,6 +81,7 @@ class Embedding:
     positions: Tensor | None = None
     types: Tensor | None = None
     projection: Linear | None = None
+    norm_first: bool = False
     first_position: int = 0
     padding_id: int | None = None
 
