@@ -1,11 +1,11 @@
 """The vocabulary in tiles: what ``vocab_logprob``, ``vocab_topk`` and ``vocab_rows`` share.
 
 A tile's logits come out of one product and are used up by the extension (csrc/cpu/vocab_tile.cpp) while they are in
-cache. All three ops cut at the same tokens, so that a packed vocabulary is packed once. Few rows (a decoding step's) are
-multiplied by csrc/cpu/few_rows.cpp: reading the vocabulary is all their time, and oneDNN's products, which add in one
-chain, round more than twice as much as torch's own. In bfloat16 the other products' sums are float32 but the logits are
-rounded: torch offers no float32 result of a bfloat16 product on the CPU (``torch.mm(..., out_dtype=...)`` has no kernel
-there as of 2.13). All else is float32 and float64.
+cache. All three ops cut at the same tokens, so that a packed vocabulary is packed once. Few rows, a decoding step's,
+are multiplied by csrc/cpu/few_rows.cpp: reading the vocabulary is all their time, and oneDNN's products, which add in
+one chain, round more than twice as much as torch's own. In bfloat16 the other products' sums are float32 but the logits
+are rounded: torch offers no float32 result of a bfloat16 product on the CPU (``torch.mm(..., out_dtype=...)`` has no
+kernel there as of 2.13). All else is float32 and float64.
 """
 
 from __future__ import annotations
