@@ -134,7 +134,9 @@ class Generating:
             seed = 0  # and the caller's random state is left alone
         elif seed is None:
             seed = int(torch.randint(1 << 31, ()))
-        seeds = [seed + i * copies for i in range(len(self.prompts))] if isinstance(seed, int) else list(seed)
+        seeds = (
+            [seed + i * copies for i in range(len(self.prompts))] if isinstance(seed, (int, np.integer)) else list(seed)
+        )
         if len(seeds) != len(self.prompts):
             raise RequestError(f"{len(seeds)} seeds were given for {len(self.prompts)} prompts")
         self.errors: dict[int, TextError] = {}

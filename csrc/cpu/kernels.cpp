@@ -22,7 +22,7 @@ extern const mlmfast::Kernels mlmfast::MLMFAST_TABLE(MLMFAST_PATH) = {
     {rotary<float>, rotary<bf16>},
     {add_layer_norm<float>, add_layer_norm<bf16>},
     {masked_embedding<float>, masked_embedding<bf16>},
-    {few_rows<float, FloatDot>, few_rows<bf16, HalfDot>},
+    few_rows,
     {vocab_sums<float>, vocab_sums<bf16>},
     {vocab_logit<float>, vocab_logit<bf16>},
     {vocab_above<float>, vocab_above<bf16>},

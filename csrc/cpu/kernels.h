@@ -68,9 +68,9 @@ struct MaskedEmbedding {
   float eps;
 };
 
-// sums [rows, outer] = x [rows, inner] @ weight [outer, inner]^T.
+// sums [rows, outer] = x [rows, inner] @ weight [outer, inner]^T, all float.
 struct FewRows {
-  const void *x, *weight;
+  const float *x, *weight;
   int64_t x_row, weight_row, rows, inner, outer;
   float* sums;  // contiguous
 };
@@ -103,8 +103,8 @@ struct Kernels {
   // Rows [first, last); scratch for one row.
   void (*add_layer_norm[2])(const AddLayerNorm&, int64_t first, int64_t last, float* scratch);
   void (*masked_embedding[2])(const MaskedEmbedding&, int64_t first, int64_t last, float* scratch);
-  // Columns [first, last) of the result.
-  void (*few_rows[2])(const FewRows&, int64_t first, int64_t last);
+  // Columns [first, last) of the result; of float alone.
+  void (*few_rows)(const FewRows&, int64_t first, int64_t last);
   // One row of a tile of logits; scratch for a row filled up to a multiple of 64, left holding the row's x.
   void (*vocab_sums[2])(const VocabTile&, int64_t row, bool entropies, VocabSums*, float* scratch);
   float (*vocab_logit[2])(const VocabTile&, int64_t row, int64_t column);

@@ -2,10 +2,10 @@
 
 A tile's logits come out of one product and are used up by the extension (csrc/cpu/vocab_tile.cpp) while they are in
 cache. All three ops cut at the same tokens, so that a packed vocabulary is packed once. Few rows, a decoding step's,
-are multiplied by csrc/cpu/few_rows.cpp: reading the vocabulary is all their time, and oneDNN's products, which add in
-one chain, round more than twice as much as torch's own. In bfloat16 the other products' sums are float32 but the logits
-are rounded: torch offers no float32 result of a bfloat16 product on the CPU (``torch.mm(..., out_dtype=...)`` has no
-kernel there as of 2.13). All else is float32 and float64.
+are multiplied by csrc/cpu/few_rows.cpp in float32: reading the vocabulary is all their time, and oneDNN's products,
+which add in one chain, round more than twice as much as torch's own. In bfloat16 the products' sums are float32 but the
+logits are rounded: torch offers no float32 result of a bfloat16 product on the CPU (``torch.mm(..., out_dtype=...)``
+has no kernel there as of 2.13). All else is float32 and float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlmfast.cpu.rows import whole_rows
 
 TOKENS = 8192  # of a tile
 ROWS = 512  # that go through the vocabulary together
-FEW_ROWS = 16  # and at most so many without packed weights
+FEW_ROWS = 16  # and at most so many in float32 without packed weights
 
 # A row's sums before its first tile.
 _NOTHING = torch.tensor([[-torch.inf, 0.0, 0.0]], dtype=torch.float64)
@@ -33,7 +33,7 @@ class Tile:
 
     Attributes:
         first: the first token.
-        logits: ``[r, w]`` without bias, in the dtype of the hidden states; float32 of few rows.
+        logits: ``[r, w]`` without bias, in the dtype of the hidden states.
         bias: float32 ``[w]`` or None.
     """
 
@@ -45,7 +45,7 @@ class Tile:
 def tiles(hidden: Tensor, vocabulary: Tensor, bias: Tensor | None) -> Iterator[Tile]:
     """The logits of ``hidden [r, d]``, without bias, a tile after the other."""
     bias = None if bias is None else bias.float().contiguous()
-    few = len(hidden) <= FEW_ROWS and vocabulary.stride(1) == 1 and vocabulary.dtype == hidden.dtype
+    few = len(hidden) <= FEW_ROWS and hidden.dtype == vocabulary.dtype == torch.float32 and vocabulary.stride(1) == 1
     hidden = whole_rows(hidden) if few else hidden
     for first in range(0, len(vocabulary), TOKENS):
         tile = slice(first, first + TOKENS)
