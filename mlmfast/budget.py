@@ -46,6 +46,8 @@ def _layer_width(layer: Layer) -> int:
     # The layer's input, what attention added to it, the feed-forward's product and the sum; queries, keys, values and
     # what attention made of them; the feed-forward's inside.
     width = 4 * hidden + 4 * inner + layer.up.weight.shape[0]
+    if layer.rotary is not None:  # queries and keys once more, turned
+        width += 2 * inner
     if layer.convolution is not None:  # the input once more with a row of zeros, and its taps side by side
         width += hidden + layer.convolution.linear.weight.shape[1]
     return width

@@ -63,6 +63,7 @@ class StepBatch(Batch):
         position_ids: int64 ``[T]``, its absolute position as the embedding counts.
         lengths: int64 ``[T]``, the length of its sequence.
         cache_rows: int64 ``[T]``, where the cache holds it.
+        copy_scale: float32 ``[C]``, :func:`mlmfast.encoder.copy_scale` of each whole sequence.
         cu_keys: int32 ``[C + 1]``, bounds in the cache of the keys that each sequence's rows see.
         max_keys: most keys of a sequence that has rows.
     """
@@ -73,6 +74,7 @@ class StepBatch(Batch):
         "position_ids",
         "lengths",
         "cache_rows",
+        "copy_scale",
         "cu_keys",
     )
 
@@ -80,6 +82,7 @@ class StepBatch(Batch):
     position_ids: Tensor
     lengths: Tensor
     cache_rows: Tensor
+    copy_scale: Tensor
     cu_keys: Tensor
     max_keys: int
 
@@ -207,6 +210,7 @@ def step_batch(embedding: Embedding, lines: Sequence[Line], cache: Cache, granul
         position_ids=_joined(position_ids(embedding, line)[line.start :] for line in lines),
         lengths=torch.from_numpy(np.repeat([len(line.token_ids) for line in lines], rows)),
         cache_rows=positions + torch.from_numpy(np.repeat(begins, rows)),
+        copy_scale=torch.tensor([x for line in lines for x in (1.0, copy_scale(embedding, line))] + [1.0]),
         cu_keys=torch.tensor(cu_keys, dtype=torch.int32),
         max_keys=min(cache.capacity, -(-longest // granularity) * granularity),
     )
@@ -219,6 +223,16 @@ def position_ids(embedding: Embedding, line: Line) -> np.ndarray:
     counted = line.token_ids != embedding.padding_id
     counted[list(line.masked)] = True
     return np.cumsum(counted) * counted + embedding.padding_id
+
+
+def copy_scale(embedding: Embedding, line: Line) -> float:
+    """Factor on the words of a whole sequence: :func:`mlmfast.encoder.copy_scale` on the host."""
+    dropout = embedding.token_dropout
+    if dropout is None:
+        return 1.0
+    masks = line.token_ids == dropout.token
+    masks[list(line.masked)] = True
+    return dropout.scale(int(masks.sum()), len(masks))
 
 
 def _between(bounds: Sequence[int]) -> Tensor:

@@ -203,6 +203,7 @@ def load_checkpoint(
             tokenizer = load_tokenizer(name, options)
     base = f"{model.base_model_prefix}."
     missing = sorted([*info["missing_keys"], *(str(key[0]) for key in info.get("mismatched_keys", ()))])
+    missing = [key for key in missing if not key.endswith("inv_freq")]  # rotary frequencies follow from the config
     headless = not any(key.startswith(base) for key in missing)
     if missing and not (allow_random_head and headless):
         remedy = (

@@ -4,6 +4,9 @@ Rows are packed from start to end. In the last layer only scored rows ask querie
 projection, its feed-forward and the prediction head. Before the first layer the copies of a text are the same but for
 their masks, so its queries, keys and values are computed once for each distinct row.
 
+What a layer reads is normed, what it adds to is the stream. After a norm that follows a sum (BERT) the two are one;
+where norms stand before attention and feed-forward (ESM-2, ModernBERT) the stream is never normed itself.
+
 Nothing here waits for an accelerator: sizes come from the batch, which knows them on the host, so that launches run
 ahead of the device and can be captured in a CUDA graph.
 """
@@ -15,13 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlmfast.architectures.spec import Convolution, Embedding, EncoderSpec, Layer, Linear
+from mlmfast.architectures.spec import Convolution, Embedding, EncoderSpec, Linear, Norm, Rotary, TokenDropout
 from mlmfast.cache import Cache, LayerCache, StepBatch
 from mlmfast.ops.add_layer_norm import add_layer_norm
 from mlmfast.ops.attention import attention
 from mlmfast.ops.disentangled_attention import disentangled_attention
 from mlmfast.ops.linear import linear
 from mlmfast.ops.masked_embedding import masked_embedding
+from mlmfast.ops.pre_norm import pre_norm
+from mlmfast.ops.rotary import rotary
 from mlmfast.packing import Batch
 
 
@@ -41,10 +46,6 @@ class Queries:
     cu_seqlens: Tensor
     max_seqlen: int
 
-    def of(self, hidden: Tensor) -> Tensor:
-        """These rows of ``hidden [T, d]``."""
-        return hidden if self.rows is None else hidden[self.rows]
-
 
 # On the CPU: distinct rows are shared where they are at most this part of all, else looking them up costs more.
 SHARED = 0.75
@@ -52,24 +53,54 @@ SHARED = 0.75
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states of every packed row, rows that are known to be equal held once.
+    """Hidden states of packed rows, rows that are known to be equal held once.
 
     Attributes:
-        distinct: ``[U, d]``.
-        kinds: int64 ``[T]``, each row's place in ``distinct``; None where that holds every row.
+        normed: ``[U, d]``, what the next products read.
+        stream: ``[U, d]``, what is added to their result; the same tensor but for pre-norm models.
+        kinds: int64 ``[T]``, each row's place in both; None where they hold every row.
     """
 
-    distinct: Tensor
+    normed: Tensor
+    stream: Tensor
     kinds: Tensor | None = None
 
     def every(self) -> Tensor:
-        """All rows, ``[T, d]``."""
-        return self.distinct if self.kinds is None else self.distinct[self.kinds]
+        """The stream of all rows, ``[T, d]``."""
+        return self.stream if self.kinds is None else self.stream[self.kinds]
+
+    def of(self, rows: Tensor) -> States:
+        """Some packed rows, int64 ``[Tq]``, each held by itself."""
+        places = rows if self.kinds is None else self.kinds[rows]
+        stream = self.stream[places]
+        return States(stream if self.normed is self.stream else self.normed[places], stream)
 
     def projected(self, product: Linear) -> Tensor:
         """All rows through a product, ``[T, m]``."""
-        out = linear(self.distinct, product.weight, product.bias)
+        out = linear(self.normed, product.weight, product.bias)
         return out if self.kinds is None else out[self.kinds]
+
+
+class Angles:
+    """Cosines and sines of every place of a batch's sequences, a table for each set of frequencies."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._places: Tensor | None = None
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def turned(self, x: Tensor, turning: Rotary, places: Tensor | None) -> Tensor:
+        """Rows ``x [n, H, D]`` turned by their places int64 ``[n]``; None where they are all rows of the batch."""
+        if places is None:
+            if self._places is None:
+                self._places = row_positions(self._batch)
+            places = self._places
+        key = id(turning.frequencies)  # which the spec keeps
+        if key not in self._tables:
+            every = torch.arange(self._batch.keys()[1], device=x.device, dtype=torch.float32)
+            angles = every[:, None] * turning.frequencies.float()
+            self._tables[key] = (angles.cos() * turning.scaling, angles.sin() * turning.scaling)
+        return rotary(x, *self._tables[key], places)
 
 
 def encode(spec: EncoderSpec, batch: Batch, mask_token_id: int, cache: Cache | None = None) -> Tensor:
@@ -80,19 +111,23 @@ def encode(spec: EncoderSpec, batch: Batch, mask_token_id: int, cache: Cache | N
     """
     every = Queries(None, batch.places(), batch.cu_seqlens, batch.max_seqlen)
     scored = Queries(batch.scored_rows, batch.scored_positions, batch.cu_scored, batch.max_scored)
-    hidden = embed(spec.embedding, batch, mask_token_id)
+    hidden = embed(spec, batch, mask_token_id)
     memories = [None] * len(spec.layers) if cache is None else cache.layers
-    for layer, memory in zip(spec.layers[:-1], memories):
-        hidden = States(apply_layer(spec, layer, batch, memory, hidden, every, hidden.every()))
-    last, memory = spec.layers[-1], memories[-1]
+    angles = Angles(batch)
+    last = len(spec.layers) - 1
+    for index in range(last):
+        hidden = apply_layer(spec, index, batch, memories[index], angles, hidden, every, hidden)
+    asked = hidden.of(batch.scored_rows)
     if spec.mask_decoder is None:
-        return apply_layer(spec, last, batch, memory, hidden, scored, scored.of(hidden.every()))
+        return apply_layer(spec, last, batch, memories[last], angles, hidden, scored, asked).normed
     # Enhanced mask decoder (He et al. 2021, section 3.2): the last layer twice, its keys and values from the layer
     # before it both times, its queries from absolute positions first. Positions past the table share its last row.
     places = batch.scored_positions.clamp(max=len(spec.mask_decoder) - 1)
-    queries = scored.of(hidden.every()) + spec.mask_decoder[places]
+    queries = asked.normed + spec.mask_decoder[places]
     for _ in range(2):
-        queries = apply_layer(spec, last, batch, memory, hidden, scored, queries, convolve=False)
+        asked = States(queries, queries)
+        asked = apply_layer(spec, last, batch, memories[last], angles, hidden, scored, asked, convolve=False)
+        queries = asked.normed
     return queries
 
 
@@ -103,21 +138,35 @@ def predict(spec: EncoderSpec, hidden: Tensor) -> Tensor:
     return add_layer_norm(transformed, None, None, head.norm.weight, head.norm.bias, head.norm.eps)
 
 
-def embed(embedding: Embedding, batch: Batch, mask_token_id: int) -> States:
+def embed(spec: EncoderSpec, batch: Batch, mask_token_id: int) -> States:
     """What the packed rows enter the first layer with."""
+    embedding = spec.embedding
     ids, masked = batch.token_ids, batch.masked_rows
     table = embedding.positions
     places = None if table is None else position_ids(embedding, batch)
+    scale = None if embedding.token_dropout is None else copy_scale(embedding.token_dropout, batch, mask_token_id)
+    bounds = None if scale is None else batch.cu_seqlens
     kinds = None
     if ids.device.type == "cpu":  # elsewhere the number of distinct rows would have to be waited for
-        count = 1 if places is None else int(places.max()) + 1
-        read = ids.index_fill(0, masked, mask_token_id)
-        distinct, found = torch.unique(read if places is None else read * count + places, return_inverse=True)
-        if len(distinct) <= SHARED * len(read):
-            ids, masked, kinds = distinct // count, masked[:0], found
-            places = None if places is None else distinct % count
+        key, parts = ids.index_fill(0, masked, mask_token_id), []
+        if places is not None:
+            parts.append((places, int(places.max()) + 1))
+        if scale is not None:
+            scales, of_copy = scale.unique(return_inverse=True)
+            parts.append((by_row(batch, of_copy), len(scales)))
+        for values, count in parts:
+            key = key * count + values
+        distinct, found = torch.unique(key, return_inverse=True)
+        if len(distinct) <= SHARED * len(key):
+            kinds, masked = found, masked[:0]
+            if scale is not None:  # each distinct row is a copy of its own
+                scale, distinct = scales[distinct % len(scales)], distinct // len(scales)
+                bounds = torch.arange(len(distinct) + 1, dtype=torch.int32)
+            if places is not None:
+                places, distinct = distinct % parts[0][1], distinct // parts[0][1]
+            ids = distinct
     norm, projection = embedding.norm, embedding.projection
-    inside = projection is None or embedding.norm_first  # else the projection stands between the sum and its norm
+    inside = norm if projection is None or embedding.norm_first else None  # else the projection stands before the norm
     hidden = masked_embedding(
         ids,
         masked,
@@ -127,16 +176,30 @@ def embed(embedding: Embedding, batch: Batch, mask_token_id: int) -> States:
         table,
         None,
         embedding.types,
-        norm.weight if inside else None,
-        norm.bias if inside else None,
-        norm.eps,
+        None if inside is None else inside.weight,
+        None if inside is None else inside.bias,
+        0.0 if inside is None else inside.eps,
+        scale,
+        bounds,
     )
-    if projection is not None and inside:
-        hidden = linear(hidden, projection.weight, projection.bias)
-    elif projection is not None:
+    if projection is not None and norm is not None and inside is None:
         hidden = linear(hidden, projection.weight, None)
         hidden = add_layer_norm(hidden, None, projection.bias, norm.weight, norm.bias, norm.eps)
-    return States(hidden, kinds)
+    elif projection is not None:
+        hidden = linear(hidden, projection.weight, projection.bias)
+    first = spec.layers[0].attention_norm
+    if not spec.pre_norm or first is None:
+        return States(hidden, hidden, kinds)
+    return States(add_layer_norm(hidden, None, None, first.weight, first.bias, first.eps), hidden, kinds)
+
+
+def copy_scale(dropout: TokenDropout, batch: Batch, mask_token_id: int) -> Tensor:
+    """Factor on each copy's words, float32 ``[C]``."""
+    if isinstance(batch, StepBatch):
+        return batch.copy_scale
+    masks = batch.token_ids.index_fill(0, batch.masked_rows, mask_token_id).eq(dropout.token)
+    before = torch.cat([masks.new_zeros(1, dtype=torch.int64), masks.cumsum(0)])  # [T + 1]
+    return dropout.scale(before[batch.cu_seqlens.long()].diff().float(), batch.cu_seqlens.diff())
 
 
 def position_ids(embedding: Embedding, batch: Batch) -> Tensor:
@@ -169,38 +232,50 @@ def by_row(batch: Batch, values: Tensor) -> Tensor:
 
 def apply_layer(
     spec: EncoderSpec,
-    layer: Layer,
+    index: int,
     batch: Batch,
     memory: LayerCache | None,
+    angles: Angles,
     hidden: States,
     queries: Queries,
-    states: Tensor,
+    asked: States,
     convolve: bool = True,
-) -> Tensor:
-    """One layer for some rows: ``states [Tq, d]`` ask the queries, all of ``hidden [T, d]`` gives keys and values."""
-
-    asked = hidden if queries.rows is None else States(states)
+) -> States:
+    """One layer for some rows: ``asked``, those of ``queries``, ask; all of ``hidden`` gives keys and values."""
+    layer = spec.layers[index]
     q, k, v = (
         rows.projected(product).unflatten(1, (spec.heads, -1))
         for rows, product in ((asked, layer.query), (hidden, layer.key), (hidden, layer.value))
     )
+    if layer.rotary is not None:
+        q = angles.turned(q, layer.rotary, queries.positions)
+        k = angles.turned(k, layer.rotary, batch.places())
     if memory is not None:
         k, v = memory.extended(k, v, batch)
     cu_keys, max_keys = batch.keys()
     bounds = (queries.cu_seqlens, cu_keys, queries.max_seqlen, max_keys, queries.positions, spec.scale)
     if spec.buckets is None:
-        mixed = attention(q, k, v, *bounds)
+        mixed = attention(q, k, v, *bounds, layer.local_window)
     else:
         mixed = disentangled_attention(q, k, v, layer.pos_key, layer.pos_query, spec.buckets, *bounds)
-    norm = layer.attention_norm
-    attended = linear(mixed.view(len(states), -1), layer.output.weight)
-    attended = add_layer_norm(attended, states, layer.output.bias, norm.weight, norm.bias, norm.eps)
-    norm = layer.feed_forward_norm
-    wide = linear(attended, layer.up.weight, layer.up.bias, spec.activation)
-    out = add_layer_norm(linear(wide, layer.down.weight), attended, layer.down.bias, norm.weight, norm.bias, norm.eps)
+    after_attention, after_feed_forward = spec.norms(index)
+    attended = linear(mixed.flatten(1), layer.output.weight)
+    states = added(spec, attended, asked.every(), layer.output.bias, after_attention)
+    wide = linear(states.normed, layer.up.weight, layer.up.bias, spec.activation)
+    states = added(spec, linear(wide, layer.down.weight), states.stream, layer.down.bias, after_feed_forward)
     if layer.convolution is not None and convolve:
-        out = apply_convolution(layer.convolution, batch, memory, hidden.every(), queries, out)
-    return out
+        out = apply_convolution(layer.convolution, batch, memory, hidden.every(), queries, states.stream)
+        states = States(out, out)
+    return states
+
+
+def added(spec: EncoderSpec, out: Tensor, stream: Tensor, bias: Tensor | None, norm: Norm) -> States:
+    """A product's ``out [Tq, m]`` and its bias added to the stream, and the norm that stands after that."""
+    if spec.pre_norm:
+        stream, normed = pre_norm(out, stream, bias, norm.weight, norm.bias, norm.eps)
+        return States(normed, stream)
+    normed = add_layer_norm(out, stream, bias, norm.weight, norm.bias, norm.eps)
+    return States(normed, normed)
 
 
 def apply_convolution(

@@ -1,4 +1,4 @@
-"""Small random checkpoints of the families that are BERT or RoBERTa but for names, widths and shared weights."""
+"""Small random checkpoints of the families, a row each."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from transformers import (
     ElectraForMaskedLM,
     ErnieConfig,
     ErnieForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RemBertConfig,
     RemBertForMaskedLM,
 )
 
-HOLDS = 48  # tokens of a text, in every family here
+HOLDS = 48  # tokens of a text, in every family here whose positions are absolute
 
 
 def albert_tokenizer() -> PreTrainedTokenizerBase:
@@ -52,7 +56,9 @@ class Family:
         tokenizer: makes one such as its checkpoints have.
         settings: of the config.
         narrow: settings that give the embeddings a width other than the layers'; empty where there are none.
-        activation: what the config calls its activation.
+        activation: what the config calls its activation; None where it has none to choose.
+        epsilon: what the config calls that of its norms; None where it has none to choose.
+        holds: longest text; None where positions are relative.
     """
 
     model: type[PreTrainedModel]
@@ -60,7 +66,9 @@ class Family:
     tokenizer: Any
     settings: dict[str, Any]
     narrow: dict[str, Any]
-    activation: str = "hidden_act"
+    activation: str | None = "hidden_act"
+    epsilon: str | None = "layer_norm_eps"
+    holds: int | None = HOLDS
 
     def small(self, vocab_size: int, *, seed: int = 0, **options: Any) -> PreTrainedModel:
         """A model that holds :data:`HOLDS` tokens."""
@@ -95,7 +103,13 @@ FAMILIES = {
         {"input_embedding_size": 20, "output_embedding_size": 52},
     ),
     "distilbert": Family(
-        DistilBertForMaskedLM, DistilBertConfig, bert_tokenizer, {"max_position_embeddings": HOLDS}, {}, "activation"
+        DistilBertForMaskedLM,
+        DistilBertConfig,
+        bert_tokenizer,
+        {"max_position_embeddings": HOLDS},
+        {},
+        activation="activation",
+        epsilon=None,
     ),
     "ernie": Family(ErnieForMaskedLM, ErnieConfig, bert_tokenizer, _BERT, {}),
     "camembert": Family(
@@ -106,4 +120,38 @@ FAMILIES = {
         {},
     ),
     "data2vec-text": Family(Data2VecTextForMaskedLM, Data2VecTextConfig, roberta_tokenizer, _ROBERTA, {}),
+    "esm": Family(
+        EsmForMaskedLM,
+        EsmConfig,
+        bert_tokenizer,
+        {
+            "max_position_embeddings": HOLDS,
+            "position_embedding_type": "rotary",
+            "token_dropout": True,
+            "emb_layer_norm_before": False,
+            "pad_token_id": 0,
+            "mask_token_id": 4,
+        },
+        {},
+        activation=None,
+        holds=None,
+    ),
+    "modernbert": Family(
+        ModernBertForMaskedLM,
+        ModernBertConfig,
+        bert_tokenizer,
+        {
+            "max_position_embeddings": HOLDS,
+            "local_attention": 8,
+            "pad_token_id": 0,
+            "bos_token_id": 2,
+            "cls_token_id": 2,
+            "eos_token_id": 3,
+            "sep_token_id": 3,
+        },
+        {},
+        activation="classifier_activation",
+        epsilon="norm_eps",
+        holds=None,
+    ),
 }

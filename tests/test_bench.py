@@ -39,12 +39,15 @@ KEYS += ["seconds_quartiles", "peer_seconds_quartiles", "ratio_quartiles"]
 # of the two largest say 900M and 1.5B.
 PARAMETERS = {"deberta-v3-base": (184.4, 2e-3), "roberta-base": (124.7, 2e-3), "roberta-large": (355.4, 2e-3)}
 PARAMETERS |= {"deberta-v2-xlarge": (900, 2e-2), "deberta-v2-xxlarge": (1500, 5e-2)}
+PARAMETERS |= {"deberta-v1-base": (139, 5e-3), "xlm-roberta-base": (278, 5e-3), "modernbert-base": (149.7, 2e-3)}
+PARAMETERS |= {"esm2-t12-35m": (34, 2e-2), "esm2-t30-150m": (148.5, 5e-3)}
+TOYS = ("toy-deberta", "toy-roberta", "toy-modernbert", "toy-esm")
 PRODUCT = ((32, 32, 32),)
 
 
 @pytest.fixture(scope="module")
 def toys() -> dict[str, Bench]:
-    return {shape: Bench(shape, peer_batch=3) for shape in ("toy-deberta", "toy-roberta")}
+    return {shape: Bench(shape, peer_batch=3) for shape in TOYS}
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def test_json_rows_have_exactly_the_agreed_keys(tmp_path: Path) -> None:
     assert {"q1", "median", "q3"} <= set(written["details"][0]["ratio"])
 
 
-@pytest.mark.parametrize("shape", ["toy-deberta", "toy-roberta"])
+@pytest.mark.parametrize("shape", TOYS)
 @pytest.mark.parametrize(("length", "copies"), [(24, 64), (64, 5), (12, 10)])
 def test_texts_ask_for_the_copies_wanted(toys: dict[str, Bench], shape: str, length: int, copies: int) -> None:
     plan = toys[shape].plan(toys[shape].texts(length, copies))

@@ -328,6 +328,9 @@ def test_work_of_attention_by_hand(ops: ModuleType) -> None:
     # Distances below 8 all have rows of their own: as many position products as pairs, twice.
     assert found["disentangled_attention", "24 copies of 8"].flops == 2 * plain.flops
     assert attention_dots(torch.arange(8).numpy(), 8, None) == 2 * 64
+    # 1 + 1 + 1 keys for those inside, one less at both ends; some of a longer sequence's middle
+    assert attention_dots(torch.arange(8).numpy(), 8, None, window=1) == 2 * (6 * 3 + 2 * 2)
+    assert attention_dots(torch.tensor([0, 9]).numpy(), 20, None, window=3) == 2 * (4 + 7)
 
 
 def test_bytes_are_inputs_once_and_outputs_once(ops: ModuleType) -> None:

@@ -22,6 +22,8 @@ FAMILIES = {
     "distilbert": "distilbert",
     "electra": "electra",
     "ernie": "ernie",
+    "esm": "esm",
+    "modernbert": "modernbert",
     "rembert": "rembert",
     "roberta": "roberta",
     "xlm-roberta": "roberta",

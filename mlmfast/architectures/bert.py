@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,17 +53,17 @@ def head(dense: Any, act: str, norm: Any, decoder: Any) -> Head:
     )
 
 
-def require_encoder(config: Any) -> None:
-    """Refuses what a config can ask for beyond an encoder with absolute positions.
+def require_encoder(config: Any, positions: Sequence[str] = ("absolute",)) -> None:
+    """Refuses what a config can ask for beyond an encoder with positions of a known kind.
 
     Raises:
-        UnsupportedModelError: the config asks for a decoder, cross-attention or relative positions.
+        UnsupportedModelError: the config asks for a decoder, cross-attention or positions of another kind.
     """
     name = config.model_type
     require(not getattr(config, "is_decoder", False), name, "is_decoder=True")
     require(not getattr(config, "add_cross_attention", False), name, "add_cross_attention=True")
     scheme = getattr(config, "position_embedding_type", "absolute")
-    require(scheme in (None, "absolute"), name, f"position_embedding_type={scheme!r}")
+    require(scheme in (None, *positions), name, f"position_embedding_type={scheme!r}")
 
 
 def encoder_layers(encoder: Any, config: Any) -> list[Layer]:

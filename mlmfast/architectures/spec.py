@@ -46,6 +46,13 @@ class Linear:
         _plain(module, nn.Linear)
         return cls(module.weight, module.bias)
 
+    @classmethod
+    def parts(cls, module: Any, count: int) -> list[Linear]:
+        """The products that one module computes side by side, the first rows of its weight the first product's."""
+        whole = cls.of(module)
+        biases = [None] * count if whole.bias is None else whole.bias.chunk(count)
+        return [cls(weight, bias) for weight, bias in zip(whole.weight.chunk(count), biases)]
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -62,28 +69,60 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class TokenDropout:
+    """Masks without an embedding: the other words of a copy are scaled as dropout would (Lin et al. 2022, ESM-2).
+
+    Attributes:
+        token: the mask's id, whose row of the words is zero.
+        kept: part of a text that training left unmasked, on average.
+    """
+
+    token: int
+    kept: float
+
+    def scale(self, masks: Any, length: Any) -> Any:
+        """Factor on the words of copies of some length that hold some masks, numbers or tensors of them."""
+        return self.kept / (1 - masks / length)
+
+
+@dataclass(frozen=True)
 class Embedding:
     """Tables that a row's embedding is summed from, and what follows the sum.
 
     Attributes:
         words: ``[V, e]``.
-        norm: LayerNorm of the result.
+        norm: LayerNorm of the result; None where the first layer's stands in its place.
         positions: ``[P, e]``, absolute positions; None where the family has none.
         types: ``[K, e]``, token types; a single text is all type 0.
         projection: from ``e`` to the hidden size; None where the family has none.
         norm_first: the norm is ``e`` wide and stands before the projection (ALBERT), not after it (DeBERTa).
         first_position: position id of a sequence's first token.
         padding_id: set where position ids count only tokens other than this one (RoBERTa).
+        token_dropout: set where masks have no embedding and the others are scaled up for it (ESM-2).
     """
 
     words: Tensor
-    norm: Norm
+    norm: Norm | None = None
     positions: Tensor | None = None
     types: Tensor | None = None
     projection: Linear | None = None
     norm_first: bool = False
     first_position: int = 0
     padding_id: int | None = None
+    token_dropout: TokenDropout | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), as the ``rotary`` op pairs elements.
+
+    Attributes:
+        frequencies: float32 ``[half]``, radians a position of each pair; ``2 * half`` elements of a head are turned.
+        scaling: factor on the turned elements (YaRN's).
+    """
+
+    frequencies: Tensor
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,29 +144,34 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Layer:
-    """One post-norm transformer layer.
+    """One transformer layer.
 
     Attributes:
         query, key, value, output: the attention's products.
-        attention_norm: after attention and its residual.
+        attention_norm: after attention and its residual; in a pre-norm model before attention, and None in a first
+            layer whose input is normed already.
         up, down: the feed-forward's products.
-        feed_forward_norm: after the feed-forward and its residual.
+        feed_forward_norm: after the feed-forward and its residual; in a pre-norm model before the feed-forward.
         pos_key: ``[P, H, D]``, projected position keys for content-to-position; None without that term.
         pos_query: ``[P, H, D]``, projected position queries for position-to-content; None without that term.
         convolution: beside this layer, or None.
+        rotary: positions that turn this layer's queries and keys, or None.
+        local_window: greatest distance that this layer attends to; -1 for every one.
     """
 
     query: Linear
     key: Linear
     value: Linear
     output: Linear
-    attention_norm: Norm
+    attention_norm: Norm | None
     up: Linear
     down: Linear
     feed_forward_norm: Norm
     pos_key: Tensor | None = None
     pos_query: Tensor | None = None
     convolution: Convolution | None = None
+    rotary: Rotary | None = None
+    local_window: int = -1
 
 
 @dataclass(frozen=True)
@@ -161,6 +205,10 @@ class EncoderSpec:
         activation: of the feed-forward, as in the ``linear`` op.
         buckets: int32 ``[2 N + 1]``, the position-table row of each distance from ``-N`` to ``N``; farther ones
             share the ends. None for plain attention.
+        distance_bias: float32 ``[H, 2 N + 1]``, what each head adds to a score at each distance (MPNet); farther ones
+            share the ends. None without one; not together with ``buckets``.
+        pre_norm: norms stand before attention and feed-forward, and the residual stream is not normed.
+        final_norm: of the stream after the last layer of a pre-norm model.
         mask_decoder: ``[P, d]``, absolute positions of the enhanced mask decoder, which replaces the last layer by
             two passes of it whose queries start at ``position + hidden``; None without one.
         max_length: longest sequence, special tokens included; None where only memory limits it.
@@ -174,8 +222,24 @@ class EncoderSpec:
     scale: float
     activation: str
     buckets: Tensor | None = None
+    distance_bias: Tensor | None = None
+    pre_norm: bool = False
+    final_norm: Norm | None = None
     mask_decoder: Tensor | None = None
     max_length: int | None = None
+
+    def norms(self, index: int) -> tuple[Norm, Norm]:
+        """The norms that follow a layer's attention and its feed-forward, wherever the model has them."""
+        layer = self.layers[index]
+        after_attention, after_feed_forward = layer.attention_norm, self.final_norm
+        if not self.pre_norm:
+            after_feed_forward = layer.feed_forward_norm
+        else:
+            after_attention = layer.feed_forward_norm
+            if index < len(self.layers) - 1:
+                after_feed_forward = self.layers[index + 1].attention_norm
+        assert after_attention is not None and after_feed_forward is not None
+        return after_attention, after_feed_forward
 
 
 def _note_fused_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:

@@ -15,22 +15,29 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    DebertaConfig,
+    DebertaForMaskedLM,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
 )
 
 from mlmfast.errors import RequestError
 from mlmfast.masking import TokenSequence
 
+# What all published DeBERTas share.
 DEBERTA: dict[str, Any] = {
     "relative_attention": True,
     "max_relative_positions": -1,  # max_position_embeddings
     "pos_att_type": ["p2c", "c2p"],
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
     "type_vocab_size": 0,
     "layer_norm_eps": 1e-7,
@@ -48,6 +55,25 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 XLARGE = {"hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 24, "intermediate_size": 6144}
 # What published DeBERTa-v2 and v3 share.
 DEBERTA_TABLES = {"vocab_size": 128100, "max_position_embeddings": 512, "position_buckets": 256}
+ESM: dict[str, Any] = {
+    "vocab_size": 33,
+    "position_embedding_type": "rotary",
+    "token_dropout": True,
+    "emb_layer_norm_before": False,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 1026,
+    "pad_token_id": 1,
+    "mask_token_id": 4,
+}
+MODERNBERT: dict[str, Any] = {
+    "vocab_size": 50368,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+}
 DEBERTA_V2 = XLARGE | DEBERTA_TABLES | {"conv_kernel_size": 3, "conv_act": "gelu"}
 TOY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -156,26 +182,55 @@ ROBERTA_TOKENS = {
 }
 
 
-def _deberta(**settings: Any) -> Shape:
+def _deberta_v1(**settings: Any) -> Shape:
     longest = settings["max_position_embeddings"]
     # No table ends there: farther distances share the last buckets. Four times as long is as far as is measured.
-    return Shape(DebertaV2ForMaskedLM, DebertaV2Config, DEBERTA | settings, DEBERTA_TOKENS, longest, 4 * longest)
+    return Shape(DebertaForMaskedLM, DebertaConfig, DEBERTA | settings, DEBERTA_TOKENS, longest, 4 * longest)
 
 
-def _roberta(**settings: Any) -> Shape:
+def _deberta(**settings: Any) -> Shape:
+    longest, later = settings["max_position_embeddings"], {"share_att_key": True, "norm_rel_ebd": "layer_norm"}
+    return Shape(
+        DebertaV2ForMaskedLM, DebertaV2Config, DEBERTA | later | settings, DEBERTA_TOKENS, longest, 4 * longest
+    )
+
+
+def _roberta(model: Any = RobertaForMaskedLM, config: Any = RobertaConfig, **settings: Any) -> Shape:
     longest = settings["max_position_embeddings"] - 2  # positions are counted from pad_token_id + 1
-    return Shape(RobertaForMaskedLM, RobertaConfig, ROBERTA | settings, ROBERTA_TOKENS, longest, longest)
+    return Shape(model, config, ROBERTA | settings, ROBERTA_TOKENS, longest, longest)
+
+
+def _esm(hidden: int, layers: int, heads: int = 20) -> Shape:
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    settings = ESM | sizes | {"intermediate_size": 4 * hidden}
+    # Positions are rotary and end nowhere.
+    return Shape(EsmForMaskedLM, EsmConfig, settings, ROBERTA_TOKENS, 1024, 4096)
+
+
+def _modernbert(**settings: Any) -> Shape:
+    longest = MODERNBERT["max_position_embeddings"]
+    return Shape(ModernBertForMaskedLM, ModernBertConfig, MODERNBERT | settings, DEBERTA_TOKENS, longest, longest)
 
 
 SHAPES = {
     "deberta-v3-base": _deberta(**BASE, **DEBERTA_TABLES),
     "deberta-v2-xlarge": _deberta(**DEBERTA_V2),
     "deberta-v2-xxlarge": _deberta(**(DEBERTA_V2 | {"num_hidden_layers": 48})),
+    "deberta-v1-base": _deberta_v1(**BASE, vocab_size=50265, max_position_embeddings=512),
     "roberta-base": _roberta(**BASE, vocab_size=50265, max_position_embeddings=514),
     "roberta-large": _roberta(**LARGE, vocab_size=50265, max_position_embeddings=514),
+    "xlm-roberta-base": _roberta(
+        XLMRobertaForMaskedLM, XLMRobertaConfig, **BASE, vocab_size=250002, max_position_embeddings=514
+    ),
+    "modernbert-base": _modernbert(**(BASE | {"num_hidden_layers": 22, "intermediate_size": 1152})),
+    "esm2-t12-35m": _esm(480, 12),
+    "esm2-t30-150m": _esm(640, 30),
     # To try the machinery in a second; nobody's model.
     "toy-deberta": _deberta(**TOY, vocab_size=300, max_position_embeddings=64, position_buckets=16),
+    "toy-deberta-v1": _deberta_v1(**TOY, vocab_size=300, max_position_embeddings=64),
     "toy-roberta": _roberta(**TOY, vocab_size=300, max_position_embeddings=66),
+    "toy-modernbert": _modernbert(**TOY, local_attention=8),
+    "toy-esm": _esm(32, 2, 4),
 }
 
 

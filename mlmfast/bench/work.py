@@ -30,8 +30,8 @@ def useful_flops(spec: EncoderSpec, batches: Sequence[PackedBatch]) -> int:
 
     Counted: every row of every distinct copy through all layers but the last; of the last, keys and values of every
     row, and all else of scored rows only; the head of scored rows only. Attention has a dot product a (query, key)
-    pair and as much for mixing. DeBERTa's content-to-position term has a dot product for each *distinct* table row
-    that a query meets, and position-to-content for each that a key meets: far distances share rows.
+    pair within reach and as much for mixing. DeBERTa's content-to-position term has a dot product for each *distinct*
+    table row that a query meets, and position-to-content for each that a key meets: far distances share rows.
 
     Not counted: padding, position tables (projected once at load), norms, softmax, activations, look-ups. Counted
     although a cleverer program could share it between copies: the first layer's products of rows not masked.
@@ -63,25 +63,31 @@ def _attention_flops(spec: EncoderSpec, batch: PackedBatch) -> int:
     width = spec.layers[0].query.weight.shape[0]  # H D
     bounds = batch.cu_scored.tolist()
     positions = batch.scored_positions.numpy()
-    every_dots: dict[int, int] = {}  # by length: copies of one length cost the same in all layers but the last
+    every_dots: dict[tuple[int, int], int] = {}  # copies of one length cost the same in layers of one window
     dots = 0
     passes = 2 if spec.mask_decoder is not None else 1
+    *earlier, last = (layer.local_window for layer in spec.layers)
     for copy, length in enumerate(batch.cu_seqlens.diff().tolist()):
-        if length not in every_dots:
-            every_dots[length] = _dots(spec, np.arange(length), length)
-        dots += (len(spec.layers) - 1) * every_dots[length]
-        dots += passes * _dots(spec, positions[bounds[copy] : bounds[copy + 1]], length)
+        for window in earlier:
+            if (length, window) not in every_dots:
+                every_dots[length, window] = _dots(spec, np.arange(length), length, window)
+            dots += every_dots[length, window]
+        dots += passes * _dots(spec, positions[bounds[copy] : bounds[copy + 1]], length, last)
     return 2 * width * dots
 
 
-def _dots(spec: EncoderSpec, queries: np.ndarray, length: int) -> int:
+def _dots(spec: EncoderSpec, queries: np.ndarray, length: int, window: int) -> int:
     """:func:`attention_dots` of one layer."""
-    buckets = None if spec.buckets is None else spec.buckets.cpu().numpy()
+    if spec.buckets is None:
+        return attention_dots(queries, length, None, window=window)
     first = spec.layers[0]
-    return attention_dots(queries, length, buckets, (first.pos_key is not None) + 2 * (first.pos_query is not None))
+    terms = (first.pos_key is not None) + 2 * (first.pos_query is not None)
+    return attention_dots(queries, length, spec.buckets.cpu().numpy(), terms)
 
 
-def attention_dots(queries: np.ndarray, length: int, buckets: np.ndarray | None, terms: int = 3) -> int:
+def attention_dots(
+    queries: np.ndarray, length: int, buckets: np.ndarray | None, terms: int = 3, window: int = -1
+) -> int:
     """Products of ``H D`` numbers with as many that one attention needs for some queries of one copy.
 
     Args:
@@ -89,8 +95,12 @@ def attention_dots(queries: np.ndarray, length: int, buckets: np.ndarray | None,
         length: its keys.
         buckets: table row of each distance, int ``[2 N + 1]``; None without position terms.
         terms: 1 for content-to-position, 2 for position-to-content, 3 for both.
+        window: greatest distance that is attended; -1 for every one.
     """
-    dots = 2 * len(queries) * length  # q.k, and mixing the values
+    reached = np.full(len(queries), length)
+    if window >= 0:
+        reached = np.minimum(queries + window + 1, length) - np.maximum(queries - window, 0)
+    dots = 2 * int(reached.sum())  # q.k, and mixing the values
     if buckets is None or not len(queries):
         return dots
     longest = len(buckets) // 2
