@@ -99,7 +99,8 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[OpCase]:
         yield _vocabulary(sizes, length)
     for length in lengths:
         yield _attention(sizes, length, disentangled=False)
-    yield _add_layer_norm(sizes)
+    yield _norm(sizes, "add_layer_norm")
+    yield _norm(sizes, "pre_norm")
     yield _masked_embedding(sizes)
     yield _rotary(sizes)
     for length in lengths:
@@ -140,12 +141,12 @@ def _linears(sizes: Sizes) -> Iterator[OpCase]:
         yield OpCase("linear", name, arguments, 2 * sizes.rows * inner * outer)
 
 
-def _add_layer_norm(sizes: Sizes) -> OpCase:
+def _norm(sizes: Sizes, op: str) -> OpCase:
     def make(draw: Draw) -> tuple[Any, ...]:
         x, residual = (draw(sizes.rows, sizes.width) for _ in range(2))
         return x, residual, *(draw(sizes.width) for _ in range(3)), 1e-7
 
-    return OpCase("add_layer_norm", f"{sizes.rows} rows", make, 0)
+    return OpCase(op, f"{sizes.rows} rows", make, 0)
 
 
 def _masked_embedding(sizes: Sizes) -> OpCase:

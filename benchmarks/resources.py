@@ -171,7 +171,8 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     floats, ids = partial(numbers, dtype=dtype), partial(numbers, dtype=torch.int64)
     for width in (256, 768, 1024, 1536):
         x, vector = floats(TOKENS, width), floats(width)
-        yield "add_layer_norm", f"d={width}", partial(op("add_layer_norm"), x, x, vector, vector, vector, 1e-7)
+        for name in ("add_layer_norm", "pre_norm"):
+            yield name, f"d={width}", partial(op(name), x, x, vector, vector, vector, 1e-7)
         tables = (floats(30522, width), ids(TOKENS), floats(512, width), None, floats(2, width), vector, vector, 1e-12)
         embed = partial(op("masked_embedding"), ids(TOKENS), ids(64), 103, *tables)
         yield "masked_embedding", f"d={width}", embed

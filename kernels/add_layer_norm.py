@@ -1,4 +1,4 @@
-"""``add_layer_norm`` in Triton: a program a row, which is read and written once."""
+"""``add_layer_norm`` in Triton: a program a row, which is read and written once; ``pre_norm`` shares the kernel."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def add_layer_norm_kernel(
     norm_weight,  # [d]
     norm_bias,  # [d] or None
     out,  # [T, d]
+    total,  # [T, d] for the sum before its norm, or None
     x_stride,
     residual_stride,
     width,
@@ -33,6 +34,8 @@ def add_layer_norm_kernel(
         row += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
         row += tl.load(residual + t * residual_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if total is not None:
+        tl.store(total + t * width + columns, row.to(total.dtype.element_ty), mask=inside)
     row = layer_norm(row, columns, width, norm_weight, norm_bias, eps)
     tl.store(out + t * width + columns, row.to(out.dtype.element_ty), mask=inside)
 
@@ -40,6 +43,19 @@ def add_layer_norm_kernel(
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, eps: float
 ) -> Tensor:
+    return norm_rows(x, residual, bias, norm_weight, norm_bias, eps)
+
+
+def norm_rows(
+    x: Tensor,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    total: Tensor | None = None,
+) -> Tensor:
+    """``LayerNorm(x + bias + residual)``; writes the sum too, into a contiguous ``[T, d]`` where one is given."""
     x, residual, bias = whole(x), whole(residual), whole(bias)
     norm_weight, norm_bias = whole(norm_weight), whole(norm_bias)
     rows, width = x.shape
@@ -49,6 +65,6 @@ def add_layer_norm(
     strides = (x.stride(0), row_stride(residual))
     with on_device_of(x):
         add_layer_norm_kernel[(rows,)](
-            x, residual, bias, norm_weight, norm_bias, out, *strides, width, eps, **row_launch(width)
+            x, residual, bias, norm_weight, norm_bias, out, total, *strides, width, eps, **row_launch(width)
         )
     return out

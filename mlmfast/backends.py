@@ -28,6 +28,7 @@ OPS = (
     "disentangled_attention",
     "rotary",
     "add_layer_norm",
+    "pre_norm",
     "linear",
     "vocab_logprob",
     "vocab_topk",

@@ -15,7 +15,7 @@ from op_cases import bounds, randn
 from torch import Tensor
 
 CSRC = Path(__file__).parents[1] / "csrc/cuda"
-OPS = ("linear", "add_layer_norm", "masked_embedding", "vocab_topk", "attention")
+OPS = ("linear", "add_layer_norm", "pre_norm", "masked_embedding", "vocab_topk", "attention")
 HALF = torch.bfloat16
 
 
@@ -126,6 +126,8 @@ def test_add_layer_norm(served: Callable[..., str]) -> None:
         (rows(4, 8193), None, torch.ones(8193, dtype=HALF), "triton"),
     ]:
         assert served("add_layer_norm", x, residual, None, weight, None, 1e-5) == backend
+        if residual is not None:
+            assert served("pre_norm", x, residual, None, weight, None, 1e-5) == backend
 
 
 def test_masked_embedding(served: Callable[..., str]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from mlmfast.reference.add_layer_norm import add_layer_norm as plain_add_layer_norm
 from mlmfast.reference.linear import linear as plain_linear
 from mlmfast.reference.masked_embedding import masked_embedding as plain_masked_embedding
+from mlmfast.reference.pre_norm import pre_norm as plain_pre_norm
 from mlmfast.reference.vocab_topk import vocab_topk as plain_vocab_topk
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "tanh", "geglu")
@@ -35,7 +36,7 @@ def structure(name: str, **fields: str) -> type[ctypes.Structure]:
 
 LINEAR = structure("Linear", p="x weight bias out", l="x_row weight_row", i="rows width outputs activation")
 ADD_LAYER_NORM = structure(
-    "AddLayerNorm", p="x residual bias norm_weight norm_bias out", l="x_row residual_row", i="width", f="eps"
+    "AddLayerNorm", p="x residual bias norm_weight norm_bias out sum", l="x_row residual_row", i="width", f="eps"
 )
 MASKED_EMBEDDING = structure(
     "MaskedEmbedding",
@@ -76,12 +77,17 @@ class Kernels:
         weight: Tensor,
         norm_bias: Tensor | None,
         eps: float,
+        total: Tensor | None = None,
     ) -> Tensor:
         out = torch.full(x.shape, torch.nan, dtype=x.dtype)
         strides = (x.stride(0), 0 if residual is None else residual.stride(0))
-        a = ADD_LAYER_NORM(*map(pointer, (x, residual, bias, weight, norm_bias, out)), *strides, x.shape[1], eps)
+        a = ADD_LAYER_NORM(*map(pointer, (x, residual, bias, weight, norm_bias, out, total)), *strides, x.shape[1], eps)
         self.library.add_layer_norm(ctypes.byref(a), len(x), int(x.dtype == torch.float16))
         return out
+
+    def pre_norm(self, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        total = torch.full(x.shape, torch.nan, dtype=x.dtype)
+        return total, self.add_layer_norm(x, *rest, total)
 
     def masked_embedding(
         self, token_ids: Tensor, masked_rows: Tensor, mask_token_id: int, words: Tensor, **more: Any
@@ -204,7 +210,7 @@ def test_not_a_number_stays_in_its_row(kernels: Kernels) -> None:
         assert not found[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
 
 
-# ---- add_layer_norm, masked_embedding
+# ---- add_layer_norm, pre_norm, masked_embedding
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,6 +229,10 @@ def test_add_layer_norm(kernels: Kernels, given: str, width: int, dtype: torch.d
     ]
     found = kernels.add_layer_norm(*arguments)
     assert_near(found, plain_add_layer_norm(*widened(arguments)), plain_add_layer_norm(*arguments))
+    if arguments[1] is not None:
+        total, normed = kernels.pre_norm(*arguments)
+        assert torch.equal(normed, found)
+        assert torch.equal(total, plain_pre_norm(*arguments)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -344,6 +354,10 @@ FAULTS: dict[str, tuple[tuple[str, str, str], Callable[[Kernels], Any]]] = {
     "the warps' sums added up before they are there": (
         ("linear_kernel.h", "  sync_block();\n", ""),
         lambda kernels: check_linear(kernels, product(9, 72, 40, torch.bfloat16), "none"),
+    ),
+    "every sum in the first row": (
+        ("add_layer_norm_kernel.h", "(a.sum)[first + d]", "(a.sum)[d]"),
+        lambda kernels: test_add_layer_norm(kernels, "all", 257, torch.bfloat16),
     ),
     "of equals the last": (
         ("vocab_topk_kernel.h", "a.id < b.id", "a.id > b.id"),

@@ -87,7 +87,7 @@ def test_the_whole_script_on_toy_shapes(gpu: ModuleType, tmp_path: Path) -> None
     assert all(row["ratio"] > 0 and row["copies"] == {9: 32, 70: 4}[row["length"]] for row in result["rows"])
     assert all(check["agrees"] for check in result["checks"])
     named = {"disentangled_attention", "attention", "linear", "add_layer_norm", "masked_embedding"}
-    named |= {"vocab_logprob", "vocab_topk", "rotary"}
+    named |= {"pre_norm", "vocab_logprob", "vocab_topk", "rotary"}
     assert {check["op"] for check in result["checks"]} == {row["op"] for row in result["ops"]} == named
     assert {row["backend"] for row in result["ops"]} == {"cpu", "reference"}
     table = (folder / "gpu.md").read_text()

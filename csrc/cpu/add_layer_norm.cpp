@@ -1,12 +1,14 @@
 // add_layer_norm: checks its arguments and hands blocks of rows to torch's threads.
+#include "add_layer_norm.h"
+
 #include "kernels.h"
 #include "rows.h"
 
 namespace mlmfast {
 
-Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& bias,
-                      const Tensor& norm_weight, const std::optional<Tensor>& norm_bias, double eps) {
-  const char* op = "add_layer_norm";
+Tensor norm_rows(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
+                 const std::optional<Tensor>& bias, const Tensor& norm_weight, const std::optional<Tensor>& norm_bias,
+                 double eps, const std::optional<Tensor>& sum) {
   const int type = dtype_index(op, x);
   STD_TORCH_CHECK(x.dim() == 2, op, ": x must be [rows, width]");
   check_table(op, "x", x, x);
@@ -22,6 +24,7 @@ Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, co
   a.norm_weight = vector_of(op, "norm_weight", norm_weight, x);
   a.norm_bias = vector_of(op, "norm_bias", norm_bias, x);
   a.out = out.mutable_data_ptr();
+  if (sum) a.sum = sum->mutable_data_ptr();
   a.width = x.size(1);
   a.eps = static_cast<float>(eps);
   const auto serve = kernels().add_layer_norm[type];
@@ -31,6 +34,11 @@ Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, co
     serve(a, first, last, reinterpret_cast<float*>(scratch(a.width * sizeof(float))));
   });
   return out;
+}
+
+Tensor add_layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& bias,
+                      const Tensor& norm_weight, const std::optional<Tensor>& norm_bias, double eps) {
+  return norm_rows("add_layer_norm", x, residual, bias, norm_weight, norm_bias, eps, std::nullopt);
 }
 
 }  // namespace mlmfast

@@ -1,4 +1,4 @@
-// add_layer_norm of a block of rows, each read once into scratch and written once.
+// add_layer_norm and pre_norm of a block of rows, each read once into scratch and written once.
 #pragma once
 
 #include "kernels.h"
@@ -28,6 +28,7 @@ void add_layer_norm(const mlmfast::AddLayerNorm& a, int64_t first, int64_t last,
           if (residual) v += widened(residual[i]);
           return row[i] = v;
         });
+    if (a.sum) rounded(static_cast<T*>(a.sum) + r * a.width, row, a.width);
     normalise(static_cast<T*>(a.out) + r * a.width, row, total, a.width, static_cast<const T*>(a.norm_weight),
               static_cast<const T*>(a.norm_bias), a.eps);
   }

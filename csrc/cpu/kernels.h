@@ -41,7 +41,7 @@ struct Table {
 struct AddLayerNorm {
   const void *x, *residual, *bias, *norm_weight, *norm_bias;  // [T, d], [T, d] or null, [d] or null, [d], [d] or null
   int64_t x_row, residual_row;
-  void* out;  // [T, d], contiguous
+  void *out, *sum;  // [T, d], contiguous; null where the sum before its norm is not asked for
   int64_t width;
   float eps;
 };

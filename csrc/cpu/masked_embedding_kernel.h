@@ -37,9 +37,7 @@ void masked_embedding(const mlmfast::MaskedEmbedding& a, int64_t first, int64_t 
       normalise(out, row, total, a.width, static_cast<const T*>(a.norm_weight), static_cast<const T*>(a.norm_bias),
                 a.eps);
     } else {
-      int64_t i = 0;
-      for (; i + W <= a.width; i += W) store(out + i, load(row + i));
-      if (i < a.width) store(out + i, load(row + i, a.width - i), a.width - i);
+      rounded(out, row, a.width);
     }
   }
 }

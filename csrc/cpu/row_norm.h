@@ -47,4 +47,12 @@ inline void normalise(T* out, const float* row, float total, int64_t width, cons
   }
 }
 
+// out = row, rounded to its dtype.
+template <class T>
+inline void rounded(T* out, const float* row, int64_t width) {
+  int64_t i = 0;
+  for (; i + W <= width; i += W) store(out + i, load(row + i));
+  if (i < width) store(out + i, load(row + i, width - i), width - i);
+}
+
 }  // namespace

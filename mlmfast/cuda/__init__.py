@@ -10,7 +10,7 @@ from __future__ import annotations
 from mlmfast import machine
 
 # The csrc/cuda/library.cpp that this Python goes with.
-VERSION = 2
+VERSION = 3
 
 REMEDY = (
     "to build it, install the CUDA toolkit (nvcc) and a C++17 compiler, then "

@@ -15,6 +15,11 @@ LIMITS = f"up to {FEW_ROWS} rows, up to {WIDEST} wide, all in one dtype; others 
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor | None, eps: float
 ) -> Tensor:
-    if not (0 < len(x) <= FEW_ROWS and x.shape[1] <= WIDEST and alike(x, residual, bias, norm_weight, norm_bias)):
+    if not fits(x, residual, bias, norm_weight, norm_bias):
         return triton_add_layer_norm(x, residual, bias, norm_weight, norm_bias, eps)
     return torch.ops.mlmfast_cuda.add_layer_norm(x, residual, bias, norm_weight, norm_bias, eps)
+
+
+def fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel takes ``x [T, d]`` with what is added to it and the norm's vectors."""
+    return 0 < len(x) <= FEW_ROWS and x.shape[1] <= WIDEST and alike(x, *others)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import norms
 import pytest
 import torch
+from norms import SHAPES, arguments
 from op_cases import (
     Backend,
     assert_as_good_as_torch,
@@ -14,7 +16,6 @@ from op_cases import (
     on_every_backend,
     on_every_backend_in_float32,
     on_every_cpu_path,
-    randn,
     serving,
 )
 from torch import Tensor
@@ -22,41 +23,9 @@ from torch import Tensor
 from mlmfast import backends
 from mlmfast.ops.add_layer_norm import add_layer_norm
 
-SHAPES = [
-    (1, 1),
-    (2, 3),
-    (1, 7),
-    (2, 15),
-    (2, 16),
-    (2, 17),
-    (5, 32),
-    (3, 63),
-    (2, 257),
-    (64, 65),
-    (70, 768),
-    (2, 1000),
-    (0, 16),
-]
 
-
-def plain(
-    x: Tensor, residual: Tensor | None, bias: Tensor | None, weight: Tensor, norm_bias: Tensor | None, eps: float
-) -> Tensor:
-    rows = x + (0 if bias is None else bias) + (0 if residual is None else residual)
-    centred = rows - rows.mean(1, keepdim=True)
-    scaled = centred / torch.sqrt((centred * centred).mean(1, keepdim=True) + eps)
-    return scaled * weight + (0 if norm_bias is None else norm_bias)
-
-
-def arguments(rows: int, width: int, given: str = "residual bias norm_bias", eps: float = 1e-5) -> list[Any]:
-    return [
-        randn(rows, width, seed=1),
-        3 * randn(rows, width, seed=2) if "residual" in given else None,
-        2 * randn(width, seed=3) if " bias" in f" {given}".replace("norm_bias", "") else None,
-        1 + 0.5 * randn(width, seed=4),
-        randn(width, seed=5) if "norm_bias" in given else None,
-        eps,
-    ]
+def plain(*given: Any) -> Tensor:
+    return norms.plain(*given)[1]
 
 
 @on_every_backend
