@@ -26,6 +26,8 @@ from transformers import (
     EsmForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RemBertConfig,
@@ -120,6 +122,13 @@ FAMILIES = {
         {},
     ),
     "data2vec-text": Family(Data2VecTextForMaskedLM, Data2VecTextConfig, roberta_tokenizer, _ROBERTA, {}),
+    "mpnet": Family(
+        MPNetForMaskedLM,
+        MPNetConfig,
+        roberta_tokenizer,
+        {"max_position_embeddings": HOLDS + 2, "pad_token_id": 1},
+        {},
+    ),
     "esm": Family(
         EsmForMaskedLM,
         EsmConfig,

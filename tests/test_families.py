@@ -117,6 +117,8 @@ def test_pieces_added_to_the_vocabulary(family: str, tmp_path: Path) -> None:
     model = small(family, **FAMILIES[family].narrow)
     assert tokenizer.add_tokens(["snowman", "windmill", "teapot"]) == 3
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if family == "esm":  # whose bias transformers forgets
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
     perturb(model)
     text = "The snowman watches a quiet windmill."
     assert len(tokenizer_of(family)) in tokenizer(text)["input_ids"]

@@ -24,6 +24,7 @@ FAMILIES = {
     "ernie": "ernie",
     "esm": "esm",
     "modernbert": "modernbert",
+    "mpnet": "mpnet",
     "rembert": "rembert",
     "roberta": "roberta",
     "xlm-roberta": "roberta",

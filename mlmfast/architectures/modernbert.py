@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al. 2024, arXiv 2412.13663): pre-norm, rotary positions, GeGLU, most layers local, few biases."""
+"""ModernBERT (Warner et al. 2024, arXiv 2412.13663): pre-norm, rotary positions, GeGLU, most layers local."""
 
 from __future__ import annotations
 

@@ -231,15 +231,12 @@ class EncoderSpec:
     def norms(self, index: int) -> tuple[Norm, Norm]:
         """The norms that follow a layer's attention and its feed-forward, wherever the model has them."""
         layer = self.layers[index]
-        after_attention, after_feed_forward = layer.attention_norm, self.final_norm
-        if not self.pre_norm:
-            after_feed_forward = layer.feed_forward_norm
-        else:
-            after_attention = layer.feed_forward_norm
-            if index < len(self.layers) - 1:
-                after_feed_forward = self.layers[index + 1].attention_norm
-        assert after_attention is not None and after_feed_forward is not None
-        return after_attention, after_feed_forward
+        following: tuple[Norm | None, Norm | None] = (layer.attention_norm, layer.feed_forward_norm)
+        if self.pre_norm:
+            last = index == len(self.layers) - 1
+            following = (layer.feed_forward_norm, self.final_norm if last else self.layers[index + 1].attention_norm)
+        assert following[0] is not None and following[1] is not None
+        return following[0], following[1]
 
 
 def _note_fused_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
