@@ -6,7 +6,7 @@ from checkpoints import sentences
 from hypothesis import strategies as st
 from truth import ALL_METRICS
 
-NAMES = ["bert", "deberta", "deberta, all of it"]
+NAMES = ["bert", "deberta", "deberta, all of it", "modernbert", "esm", "mpnet"]
 """Models of the ``lms`` fixture."""
 
 # A small pool, so that texts, and copies of texts that differ in one word, meet often.

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
 
 import checkpoints
+import families
 import hypothesis
 import pytest
 from torch import Tensor
@@ -131,20 +132,28 @@ def deberta_folder(
 @pytest.fixture(scope="session")
 def lms(
     bert_tokenizer: PreTrainedTokenizerBase,
+    roberta_tokenizer: PreTrainedTokenizerBase,
     deberta_tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, MaskedLM]:
-    """BERT, DeBERTa as transformers computes it, and DeBERTa with everything: convolution, mask decoder, clamp."""
+    """A model of each mechanism.
+
+    BERT; DeBERTa as transformers computes it, and with everything: convolution, mask decoder, clamp; ModernBERT
+    (pre-norm, rotary, local windows, GeGLU); ESM-2 (a factor a copy); MPNet (a bias by distance).
+    """
     conv = {"conv_kernel_size": 3, "conv_act": "gelu", "num_hidden_layers": 3, "share_att_key": False}
     folder = checkpoints.save(
         tmp_path_factory.mktemp("all"), checkpoints.small_deberta(len(deberta_tokenizer), **conv), deberta_tokenizer
     )
     checkpoints.add_position_table(folder, 96, 32)
+    tokenizers = {"modernbert": bert_tokenizer, "esm": bert_tokenizer, "mpnet": roberta_tokenizer}
+    others = [(name, families.FAMILIES[name], tokenizer) for name, tokenizer in tokenizers.items()]
     return {
         # room for the planted fusion of two texts
         "bert": mlmfast.load(checkpoints.small_bert(len(bert_tokenizer), max_position_embeddings=120), bert_tokenizer),
         "deberta": mlmfast.load(checkpoints.small_deberta(len(deberta_tokenizer)), deberta_tokenizer),
         "deberta, all of it": mlmfast.load(folder, semantics="trained", device="cpu"),
+        **{name: mlmfast.load(made.small(len(tokenizer)), tokenizer) for name, made, tokenizer in others},
     }
 
 

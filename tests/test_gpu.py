@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mlmfast.packing import pack
 
 pytestmark = pytest.mark.gpu
 
+OTHERS = ["modernbert", "esm", "mpnet"]  # of families.py
 CONVOLUTION = {"conv_kernel_size": 3, "conv_act": "gelu", "num_hidden_layers": 3, "share_att_key": False}
 
 
@@ -34,6 +36,8 @@ def of_family(
         "deberta": small_deberta,
         "deberta with convolution": lambda size: small_deberta(size, **CONVOLUTION),
     }
+    for name in OTHERS:
+        make[name] = families.FAMILIES[name].small
     return make[family](len(tokenizer)), tokenizer
 
 
@@ -43,11 +47,12 @@ def tokenizers(
     roberta_tokenizer: PreTrainedTokenizerBase,
     deberta_tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, PreTrainedTokenizerBase]:
-    return {"bert": bert_tokenizer, "roberta": roberta_tokenizer, "deberta": deberta_tokenizer}
+    others = {"modernbert": bert_tokenizer, "esm": bert_tokenizer, "mpnet": roberta_tokenizer}
+    return {"bert": bert_tokenizer, "roberta": roberta_tokenizer, "deberta": deberta_tokenizer, **others}
 
 
 LITTLE = 24 << 20
-FAMILIES = ["bert", "roberta", "deberta", "deberta with convolution"]
+FAMILIES = ["bert", "roberta", "deberta", "deberta with convolution", *OTHERS]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from batches import NAMES
 from op_cases import BACKENDS, bounds, moved, randn, serving
 from torch import Tensor
 
@@ -398,7 +399,7 @@ def test_an_empty_launch_is_none() -> None:
 
 
 @pytest.mark.skipif(TRITON.name != "interpreter", reason="the models stay on the CPU; tests/test_gpu.py moves them")
-@pytest.mark.parametrize("name", ["bert", "deberta", "deberta, all of it"])
+@pytest.mark.parametrize("name", NAMES)
 def test_models_score_as_they_do_in_plain_torch(
     lms: dict[str, MaskedLM], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mlmfast.architectures.bert import require_encoder
@@ -60,8 +59,7 @@ def _embedding(module: Any, derived: Derived) -> Embedding:
     absolute = module.position_embedding_type == "absolute"
     dropout = TokenDropout(module.mask_token_id, KEPT) if module.token_dropout else None
     if dropout is not None:
-        gone = torch.tensor([dropout.token], device=words.device)
-        words = derived.get("words", [words], partial(words.index_fill, 0, gone, 0))
+        words = derived.get("words", [words], partial(_without, words, dropout.token))
     return Embedding(
         words=words,
         norm=None if module.layer_norm is None else Norm.of(module.layer_norm),
@@ -70,6 +68,12 @@ def _embedding(module: Any, derived: Derived) -> Embedding:
         padding_id=padding,
         token_dropout=dropout,
     )
+
+
+def _without(words: Tensor, token: int) -> Tensor:
+    rows = words.clone()
+    rows[token] = 0
+    return rows
 
 
 def _layer(encoder: Any, layer: Any) -> Layer:
