@@ -12,6 +12,7 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertTokenizer,
+    DebertaConfig,
+    DebertaForMaskedLM,
+    DebertaTokenizer,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     DebertaV2Tokenizer,
@@ -92,12 +96,21 @@ def bert_tokenizer() -> PreTrainedTokenizerBase:
 
 def roberta_tokenizer() -> PreTrainedTokenizerBase:
     """Byte-level BPE, 330 pieces."""
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    return RobertaTokenizer(**_byte_level(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]), model_max_length=64)
+
+
+def deberta_v1_tokenizer() -> PreTrainedTokenizerBase:
+    """The same under DeBERTa's special tokens."""
+    return DebertaTokenizer(**_byte_level(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]))
+
+
+def _byte_level(special: list[str]) -> dict[str, Any]:
+    """Vocabulary and merges."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(sentences(400), vocab_size=330, special_tokens=special, show_progress=False)
     state = tokenizer_state(tokenizer.to_str())
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in state["merges"]]
-    return RobertaTokenizer(vocab=state["vocab"], merges=merges, model_max_length=64)
+    return {"vocab": state["vocab"], "merges": merges}
 
 
 def tokenizer_state(serialised: str) -> dict[str, Any]:
@@ -149,7 +162,21 @@ def perturb(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def small_deberta(vocab_size: int, *, seed: int = 0, **options: Any) -> DebertaV2ForMaskedLM:
     """A DeBERTa-v2 in v3-base's configuration (shared keys, log buckets, no absolute positions) but for ``options``."""
-    settings: dict[str, Any] = {
+    settings = {"position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+    return perturb(DebertaV2ForMaskedLM(DebertaV2Config(**(_deberta_settings(vocab_size) | settings | options))), seed)
+
+
+def small_deberta_v1(vocab_size: int, *, seed: int = 0, **options: Any) -> DebertaForMaskedLM:
+    """A DeBERTa in deberta-base's configuration but for ``options``."""
+    return perturb(DebertaForMaskedLM(DebertaConfig(**(_deberta_settings(vocab_size) | options))), seed)
+
+
+# family -> its small model
+SMALL_DEBERTAS: dict[str, Callable[..., PreTrainedModel]] = {"deberta-v2": small_deberta, "deberta": small_deberta_v1}
+
+
+def _deberta_settings(vocab_size: int) -> dict[str, Any]:
+    return {
         "vocab_size": vocab_size,
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -157,15 +184,11 @@ def small_deberta(vocab_size: int, *, seed: int = 0, **options: Any) -> DebertaV
         "intermediate_size": 48,
         "max_position_embeddings": 96,
         "relative_attention": True,
-        "position_buckets": 8,
         "max_relative_positions": 16,
         "pos_att_type": ["p2c", "c2p"],
-        "share_att_key": True,
-        "norm_rel_ebd": "layer_norm",
         "position_biased_input": False,
         "type_vocab_size": 0,
     }
-    return perturb(DebertaV2ForMaskedLM(DebertaV2Config(**(settings | options))), seed)
 
 
 def small_bert(vocab_size: int, *, seed: int = 0, **options: Any) -> BertForMaskedLM:
@@ -238,7 +261,9 @@ def long_text(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int = 0) ->
     return text
 
 
-def far_cases(tokenizer: PreTrainedTokenizerBase, config: DebertaV2Config) -> list[tuple[str, tuple[int, int] | None]]:
+def far_cases(
+    tokenizer: PreTrainedTokenizerBase, config: DebertaConfig | DebertaV2Config
+) -> list[tuple[str, tuple[int, int] | None]]:
     """Short texts whole; texts of 40 and 67 tokens (16 and 20 were trained) where their far ends show."""
     cases: list[tuple[str, tuple[int, int] | None]] = [(text, None) for text in TEXTS[1:]]
     for length in (40, 67):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ import hypothesis
 import pytest
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.deberta import modeling_deberta
 from transformers.models.deberta_v2 import modeling_deberta_v2
 
 import mlmfast
@@ -77,6 +79,12 @@ def xlm_roberta_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def deberta_tokenizer() -> PreTrainedTokenizerBase:
     return checkpoints.deberta_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def deberta_tokenizers(deberta_tokenizer: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+    """By family, as ``checkpoints.SMALL_DEBERTAS``."""
+    return {"deberta-v2": deberta_tokenizer, "deberta": checkpoints.deberta_v1_tokenizer()}
 
 
 @pytest.fixture(scope="session")
@@ -166,9 +174,16 @@ def clamped_relative_position(query: Tensor, key: Tensor, bucket_size: int = -1,
     return distance.to(torch.long).unsqueeze(0)
 
 
+def clamped_v1(encoder: Any, hidden: Tensor, query: Tensor | None = None, relative: Tensor | None = None) -> Any:
+    """The same for the first DeBERTa's ``get_rel_pos``, which knows the longest distance."""
+    longest = encoder.max_relative_positions if encoder.relative_attention else 0
+    return clamped_relative_position(hidden, hidden, -1, longest) if longest else None
+
+
 @pytest.fixture
 def clamped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The Hugging Face model as it was trained."""
     with monkeypatch.context() as patch:
         patch.setattr(modeling_deberta_v2, "build_relative_position", clamped_relative_position)
+        patch.setattr(modeling_deberta.DebertaEncoder, "get_rel_pos", clamped_v1)
         yield

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from checkpoints import bert_tokenizer, perturb, roberta_tokenizer, unigram_pieces
+from checkpoints import bert_tokenizer, deberta_v1_tokenizer, perturb, roberta_tokenizer, unigram_pieces
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -16,6 +16,8 @@ from transformers import (
     CamembertTokenizer,
     Data2VecTextConfig,
     Data2VecTextForMaskedLM,
+    DebertaConfig,
+    DebertaForMaskedLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
     ElectraConfig,
@@ -122,6 +124,13 @@ FAMILIES = {
         {},
     ),
     "data2vec-text": Family(Data2VecTextForMaskedLM, Data2VecTextConfig, roberta_tokenizer, _ROBERTA, {}),
+    "deberta": Family(  # no distance here is longer than trained; those are for test_deberta.py
+        DebertaForMaskedLM,
+        DebertaConfig,
+        deberta_v1_tokenizer,
+        {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": True},
+        {"embedding_size": 20},
+    ),
     "mpnet": Family(
         MPNetForMaskedLM,
         MPNetConfig,

@@ -82,6 +82,14 @@ def test_derived_tensors_of_inference_tensors_are_never_kept() -> None:
         assert derived.get("doubled", [source], lambda: source * 2).tolist() == [4, 4]
 
 
+def test_derived_tensors_that_are_kept_have_version_counters() -> None:
+    """A backend packs no weight without one, so a first request in inference mode must not make such."""
+    with torch.inference_mode(False):
+        source = torch.ones(2)
+    with torch.inference_mode():
+        assert not Derived().get("doubled", [source], lambda: source * 2).is_inference()
+
+
 def test_refresh_after_writing_through_data(deberta_tokenizer: PreTrainedTokenizerBase) -> None:
     model = small_deberta(len(deberta_tokenizer))
     lm = mlmfast.load(model, deberta_tokenizer)

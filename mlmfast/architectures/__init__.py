@@ -18,6 +18,7 @@ FAMILIES = {
     "bert": "bert",
     "camembert": "roberta",
     "data2vec-text": "roberta",
+    "deberta": "deberta",
     "deberta-v2": "deberta_v2",
     "distilbert": "distilbert",
     "electra": "electra",

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from mlmfast.architectures import activation, require
+from mlmfast.architectures.bert import require_encoder
 from mlmfast.architectures.spec import Convolution, Derived, Embedding, EncoderSpec, Head, Layer, Linear, Norm, table
 
 # Absolute positions that only the enhanced mask decoder reads; transformers drops them when it loads.
@@ -60,104 +61,145 @@ def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: st
         extras: tensors of :data:`EXTRAS` found in the checkpoint.
         semantics: ``"trained"`` or ``"upstream"``.
     """
-    config = model.config
-    encoder = model.deberta.encoder
-    heads = config.num_attention_heads
+    terms = position_terms(model.config)
+    layers = [_layer(model.deberta.encoder, i, derived, terms) for i in range(len(model.deberta.encoder.layer))]
+    # A term counts towards the scale even where relative_attention is off and it is never computed.
+    return encoder_spec(model, layers, 1 + len(set(terms)), derived, extras, semantics)
+
+
+def position_terms(config: Any) -> list[str]:
+    """``config.pos_att_type``: which of ``c2p`` and ``p2c`` an attention score is made of beside its content.
+
+    Raises:
+        UnsupportedModelError: it names another.
+    """
     terms = config.pos_att_type or []
     unknown = sorted(set(terms) - {"c2p", "p2c"})
-    require(not unknown, "deberta-v2", f"pos_att_type with {', '.join(unknown)}")
-    # A term counts towards the scale even where relative_attention is off and it is never computed.
-    factor = 1 + ("c2p" in terms) + ("p2c" in terms)
+    require(not unknown, config.model_type, f"pos_att_type with {', '.join(unknown)}")
+    return terms
+
+
+def encoder_spec(
+    model: Any,
+    layers: list[Layer],
+    factor: int,
+    derived: Derived,
+    extras: dict[str, Tensor],
+    semantics: str,
+    norm: type[nn.Module] = nn.LayerNorm,
+) -> EncoderSpec:
+    """What both generations of DeBERTa share, around layers that are ready.
+
+    Args:
+        factor: the terms of an attention score, which its scale is over.
+        norm: the class of every LayerNorm but the head's.
+    """
+    config, encoder = model.config, model.deberta.encoder
+    name = config.model_type
+    require_encoder(config)
     mask_decoder = None
     if semantics == "trained" and not config.position_biased_input:
         mask_decoder = extras.get(MASK_DECODER)
     if mask_decoder is not None:
         require(
             mask_decoder.shape[1] == config.hidden_size,
-            "deberta-v2",
+            name,
             f"an enhanced mask decoder of width {mask_decoder.shape[1]} over hidden_size {config.hidden_size} "
             "(semantics='upstream' goes without it)",
         )
+    relative = encoder.relative_attention and config.pos_att_type
     return EncoderSpec(
-        family=config.model_type,
-        embedding=_embedding(model.deberta.embeddings),
-        layers=[_layer(model, i, derived, terms) for i in range(len(encoder.layer))],
+        family=name,
+        embedding=_embedding(model.deberta.embeddings, norm),
+        layers=layers,
         head=_head(model),
-        heads=heads,
+        heads=config.num_attention_heads,
         scale=1 / math.sqrt(encoder.layer[0].attention.self.attention_head_size * factor),
-        activation=activation(config.hidden_act, "hidden_act", "deberta-v2"),
-        buckets=_buckets(encoder, derived, semantics) if encoder.relative_attention and terms else None,
+        activation=activation(config.hidden_act, "hidden_act", name),
+        buckets=_buckets(encoder, name, derived, semantics) if relative else None,
         mask_decoder=mask_decoder,
         max_length=config.max_position_embeddings if config.position_biased_input else None,
     )
 
 
-def _embedding(module: Any) -> Embedding:
+def _embedding(module: Any, norm: type[nn.Module]) -> Embedding:
     positions, types = module.position_embeddings, module.token_type_embeddings
     return Embedding(
         words=table(module.word_embeddings),
-        norm=Norm.of(module.LayerNorm),
+        norm=Norm.of(module.LayerNorm, norm),
         positions=None if positions is None else table(positions),
         types=None if types is None else table(types),
         projection=None if module.embed_proj is None else Linear.of(module.embed_proj),
     )
 
 
-def _layer(model: Any, index: int, derived: Derived, terms: list[str]) -> Layer:
-    encoder = model.deberta.encoder
+def _layer(encoder: Any, index: int, derived: Derived, terms: list[str]) -> Layer:
     layer = encoder.layer[index]
     attention = layer.attention.self
     pos_key = pos_query = None
     if encoder.relative_attention:
         shared = attention.share_att_key
+        norm = Norm.of(encoder.LayerNorm) if "layer_norm" in encoder.norm_rel_ebd else None
         if "c2p" in terms:
             projection = attention.key_proj if shared else attention.pos_key_proj
-            pos_key = _position_table(encoder, attention, projection, ("c2p", index), derived)
+            pos_key = position_table(encoder, attention, projection, ("c2p", index), derived, norm)
         if "p2c" in terms:
             projection = attention.query_proj if shared else attention.pos_query_proj
-            pos_query = _position_table(encoder, attention, projection, ("p2c", index), derived)
+            pos_query = position_table(encoder, attention, projection, ("p2c", index), derived, norm)
     return Layer(
         query=Linear.of(attention.query_proj),
         key=Linear.of(attention.key_proj),
         value=Linear.of(attention.value_proj),
-        output=Linear.of(layer.attention.output.dense),
-        attention_norm=Norm.of(layer.attention.output.LayerNorm),
-        up=Linear.of(layer.intermediate.dense),
-        down=Linear.of(layer.output.dense),
-        feed_forward_norm=Norm.of(layer.output.LayerNorm),
         pos_key=pos_key,
         pos_query=pos_query,
         convolution=_convolution(encoder.conv, derived) if index == 0 and encoder.conv is not None else None,
+        **after_attention(layer),
     )
 
 
-def _position_table(encoder: Any, attention: Any, projection: Any, name: tuple[str, int], derived: Derived) -> Tensor:
-    """``[2 span, H, D]``: the normalised position embeddings through one layer's projection."""
-    norm = encoder.LayerNorm if "layer_norm" in encoder.norm_rel_ebd else None
-    distances = table(encoder.rel_embeddings)
-    product, scaling = Linear.of(projection), None if norm is None else Norm.of(norm)
+def after_attention(layer: Any, norm: type[nn.Module] = nn.LayerNorm) -> dict[str, Any]:
+    """The arguments of :class:`Layer` that follow the attention, named alike in both generations."""
+    return {
+        "output": Linear.of(layer.attention.output.dense),
+        "attention_norm": Norm.of(layer.attention.output.LayerNorm, norm),
+        "up": Linear.of(layer.intermediate.dense),
+        "down": Linear.of(layer.output.dense),
+        "feed_forward_norm": Norm.of(layer.output.LayerNorm, norm),
+    }
+
+
+def position_table(
+    encoder: Any,
+    attention: Any,
+    projection: Any,
+    name: tuple[str, int],
+    derived: Derived,
+    norm: Norm | None = None,
+) -> Tensor:
+    """``[2 span, H, D]``: the position embeddings, normalised where there is a norm, through one layer's projection."""
+    distances, product = table(encoder.rel_embeddings), Linear.of(projection)
 
     def build() -> Tensor:
         rows = distances
-        if scaling is not None:
-            rows = F.layer_norm(rows, rows.shape[1:], scaling.weight, scaling.bias, scaling.eps)
-        rows = F.linear(rows[: 2 * attention.pos_ebd_size], product.weight, product.bias)
+        if norm is not None:
+            rows = F.layer_norm(rows, rows.shape[1:], norm.weight, norm.bias, norm.eps)
+        rows = F.linear(rows, product.weight, product.bias)
         return rows.view(len(rows), attention.num_attention_heads, attention.attention_head_size)
 
     sources = [distances, product.weight, product.bias]
-    if scaling is not None:
-        sources += [scaling.weight, scaling.bias]
+    if norm is not None:
+        sources += [norm.weight, norm.bias]
     return derived.get(name, sources, build)
 
 
-def _buckets(encoder: Any, derived: Derived, semantics: str) -> Tensor:
+def _buckets(encoder: Any, model: str, derived: Derived, semantics: str) -> Tensor:
     """int32 ``[2 N + 1]``: the table row of each distance, saturated at both ends."""
-    buckets, span = encoder.position_buckets, encoder.max_relative_positions
+    buckets, span = getattr(encoder, "position_buckets", -1), encoder.max_relative_positions  # v1 has no buckets
     device = encoder.rel_embeddings.weight.device
     # The logarithm's formula stands still with fewer than four buckets; with half of them at or past the longest
     # distance it divides by zero or turns round.
     sensible = buckets <= 0 or 2 <= buckets // 2 < span - 1
-    require(sensible, "deberta-v2", f"position_buckets={buckets} for {span} positions")
+    require(sensible, model, f"position_buckets={buckets} for {span} positions")
     half = buckets if buckets > 0 else span
 
     def rows(longest: int) -> Tensor:
@@ -209,12 +251,12 @@ def _head(model: Any) -> Head:
         vocabulary, bias = table(model.deberta.embeddings.word_embeddings), predictions.bias
         require(
             vocabulary.shape[1] == config.hidden_size,
-            "deberta-v2",
+            config.model_type,
             f"the lm_predictions head with embedding_size {vocabulary.shape[1]} != hidden_size {config.hidden_size}",
         )
     return Head(
         dense=Linear.of(dense),
-        activation=activation(config.hidden_act, "hidden_act", "deberta-v2"),
+        activation=activation(config.hidden_act, "hidden_act", config.model_type),
         norm=Norm.of(norm),
         vocabulary=vocabulary,
         bias=bias,

@@ -63,9 +63,10 @@ class Norm:
     eps: float
 
     @classmethod
-    def of(cls, module: Any) -> Norm:
-        _plain(module, nn.LayerNorm)
-        return cls(module.weight, module.bias, module.eps)
+    def of(cls, module: Any, kind: type[nn.Module] = nn.LayerNorm) -> Norm:
+        """``kind``: the class that is expected; DeBERTa's own calls its epsilon ``variance_epsilon``."""
+        _plain(module, kind)
+        return cls(module.weight, module.bias, module.eps if kind is nn.LayerNorm else module.variance_epsilon)
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,8 @@ class Derived:
         kept = self._kept.get(name)
         same = kept is not None and len(kept[0]) == len(present) and all(a is b for a, b in zip(kept[0], present))
         if kept is None or not same or kept[1] != state:
-            with torch.no_grad():
+            # Without version counters, kept tensors could be packed by no backend.
+            with torch.inference_mode(False), torch.no_grad():
                 kept = self._kept[name] = (present, state, build())
         return kept[2]
 
