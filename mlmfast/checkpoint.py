@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 
 from mlmfast.architectures import family_module
 from mlmfast.errors import CheckpointError, MLMFastError, RequestError, UnsupportedModelError
+from mlmfast.masking import OBJECTIVES
 from mlmfast.model import MaskedLM
 
 SEMANTICS = ("trained", "upstream")
@@ -49,6 +50,7 @@ def load(
     tokenizer: Any = None,
     *,
     semantics: str | None = None,
+    objective: str = "mlm",
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     backend: str = "auto",
@@ -68,6 +70,8 @@ def load(
         semantics: ``"trained"``, the model as it was trained, or ``"upstream"``, exactly what transformers computes
             (they differ for DeBERTa beyond its trained length or with its enhanced mask decoder). None: trained for
             names and folders, upstream for live models.
+        objective: what the model was trained for: ``"mlm"``, a masked token is predicted at its own position, or
+            ``"mntp"``, at the one before it (masked-next-token prediction, as GPT-BERT is trained).
         dtype: ``"auto"`` (float32; a live model's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``.
         device: ``"auto"`` (CUDA if there is one; a live model's own) or a torch device.
         backend: ``"auto"``, or the name of one that must serve every op.
@@ -91,6 +95,8 @@ def load(
         semantics = "upstream" if live else "trained"
     if semantics not in SEMANTICS:
         raise RequestError(f"semantics={semantics!r} is not known; choose one of {', '.join(SEMANTICS)}")
+    if objective not in OBJECTIVES:
+        raise RequestError(f"objective={objective!r} is not known; choose one of {', '.join(OBJECTIVES)}")
     if live:
         name = check_live(model, tokenizer, None if dtype == "auto" else _dtype(dtype), device)
         return MaskedLM(
@@ -102,6 +108,7 @@ def load(
             backend=backend,
             batch_tokens=batch_tokens,
             cuda_graphs=cuda_graphs,
+            objective=objective,
         )
     name = os.path.expanduser(os.fspath(model))
     place = _device(device)
@@ -124,6 +131,7 @@ def load(
         backend=backend,
         batch_tokens=batch_tokens,
         cuda_graphs=cuda_graphs,
+        objective=objective,
     )
 
 

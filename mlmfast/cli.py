@@ -47,6 +47,9 @@ Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a
 Semantics = Annotated[
     str, typer.Option(help="trained (as the model was trained) or upstream (what transformers computes); DeBERTa only.")
 ]
+Objective = Annotated[
+    str, typer.Option(help="mlm (a masked token is predicted at its place) or mntp (at the one before: GPT-BERT).")
+]
 DType = Annotated[str, typer.Option(help="auto (float32), float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Backend = Annotated[str, typer.Option(help="auto, or one that `mlmfast doctor` lists.")]
@@ -93,6 +96,7 @@ def score(
     device: Device = "auto",
     backend: Backend = "auto",
     semantics: Semantics = "trained",
+    objective: Objective = "mlm",
     revision: Revision = None,
     allow_random_head: RandomHead = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
@@ -114,6 +118,7 @@ def score(
         options |= {"ranks": ranks, "truncation": truncation}
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
+        loading["objective"] = objective
         request = {"mlmfast": mlmfast.__version__, "input": source if source == "-" else str(Path(source).resolve())}
         request |= {"format": format_of(source, format), "field": field, "model": model} | options | loading
         if output != "-" and source != "-" and Path(output).resolve() == Path(source).resolve():
@@ -195,6 +200,7 @@ def rank(
     device: Device = "auto",
     backend: Backend = "auto",
     semantics: Semantics = "trained",
+    objective: Objective = "mlm",
     revision: Revision = None,
     allow_random_head: RandomHead = False,
 ) -> None:
@@ -221,6 +227,7 @@ def rank(
         settings["cache"] = cache
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
+        loading["objective"] = objective
         questions: Iterable[ranking.Question] | None = ranking.read_questions(file) if file else None
         if prompt is not None and not options:
             raise RequestError("give the options to rank after the prompt")
@@ -275,6 +282,7 @@ def generate(
     device: Device = "auto",
     backend: Backend = "auto",
     semantics: Semantics = "trained",
+    objective: Objective = "mlm",
     revision: Revision = None,
     allow_random_head: RandomHead = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
@@ -305,6 +313,7 @@ def generate(
         options |= {} if refresh is None else {"refresh": refresh or None}
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
+        loading["objective"] = objective
         if file is not None:
             request = {"mlmfast": mlmfast.__version__, "command": "generate", "format": format_of(file, format)}
             request |= {"input": file if file == "-" else str(Path(file).resolve()), "field": field, "model": model}

@@ -48,12 +48,14 @@ class Frame:
         masks: how many are appended.
         after: special tokens after the masks.
         mask_token_id: the mask's id.
+        lookback: how many positions left of a mask its prediction is read.
     """
 
     before: tuple[int, ...]
     masks: int
     after: tuple[int, ...]
     mask_token_id: int
+    lookback: int = 0
 
     @property
     def tokens(self) -> int:
@@ -123,6 +125,7 @@ def plan_of(frame: Frame, asks: Sequence[Ask]) -> MaskPlan:
         score_copies=np.repeat(copies, counts),
         score_positions=np.concatenate([np.array(places[: ask.masks], np.int64) for places, ask in zip(masked, asks)]),
         targets=np.zeros(counts.sum(), np.int64),  # whichever: what is read does not depend on them
+        lookback=frame.lookback,
     )
 
 
@@ -215,7 +218,9 @@ class WindowSteps:
             start += before if start else 0  # a window over all tokens holds what stands before them, too
         self._held[ask.slot] = tokens
         masked = self._frame.masked(ask.token_ids)
-        return Line(ask.slot, self._frame.around(ask.token_ids), start, masked, masked[: ask.masks])
+        # No row further left than the last token's is read, and that one is always computed.
+        read = range(masked.start - self._frame.lookback, masked.start - self._frame.lookback + ask.masks)
+        return Line(ask.slot, self._frame.around(ask.token_ids), start, masked, read)
 
     def _chunks(self, lines: Sequence[Line]) -> Iterator[list[Line]]:
         """Neighbouring lines of at most ``batch_tokens`` rows together, or single ones beyond."""

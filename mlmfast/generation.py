@@ -126,7 +126,7 @@ class Generating:
         before, after = encoder.surroundings()
         if final_token != "auto":
             after = _final(final_token, lm.tokenizer, len(spec.embedding.words))
-        self.frame = Frame(before, num_masks, after, encoder.mask_token_id)
+        self.frame = Frame(before, num_masks, after, encoder.mask_token_id, encoder.lookback)
         stop_ids = stop_ids_of(settings, lm.tokenizer)
         criteria = criteria_of(settings, lm.tokenizer, stopping_criteria or ())
         copies = settings["num_return_sequences"] if settings["do_sample"] else 1
@@ -179,6 +179,12 @@ class Generating:
         """How many tokens may follow a prompt, or why none may."""
         if isinstance(ids, TextError):
             return ids
+        if len(self.frame.before) + len(ids) < self.frame.lookback:
+            return TextError(
+                prompt,
+                "is empty, and with objective='mntp' a token is predicted at the one before it; write a word, or load "
+                "a tokenizer that puts a special token before a text",
+            )
         longest = self.spec.max_length
         if longest is None:
             return int(self.settings["max_new_tokens"])

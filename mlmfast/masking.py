@@ -14,6 +14,9 @@ models and packing know the rest. The metrics, by the names the field uses:
 ========================  ==============================================================================
 
 Special tokens are never masked and never scored, wherever a metric reaches.
+
+What is masked does not depend on the objective that a model was trained with; where a prediction is read does: at the
+token's own position, or with masked-next-token prediction (Charpentier & Samuel 2024, arXiv 2410.24159) one before it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ import numpy as np
 
 from mlmfast.errors import RequestError
 
+# objective -> how many positions left of a token its prediction is read
+OBJECTIVES = {"mlm": 0, "mntp": 1}
 METRICS = ("original", "within_word_l2r", "window", "global_l2r", "unmasked", "strided")
 
 
@@ -63,6 +68,10 @@ class MaskPlan:
         score_copies: int64 ``[N]``, the copy that a token is read from.
         score_positions: int64 ``[N]``, its position in the sequence.
         targets: int64 ``[N]``, its token id.
+        lookback: how many positions left of a target its prediction is read, of :data:`OBJECTIVES`.
+
+    Raises:
+        RequestError: a target has nothing that far to its left.
     """
 
     sequences: list[np.ndarray]
@@ -74,6 +83,15 @@ class MaskPlan:
     score_copies: np.ndarray
     score_positions: np.ndarray
     targets: np.ndarray
+    lookback: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.score_positions < self.lookback).any():  # it would be read in the copy before its own
+            raise RequestError(f"a plan with lookback={self.lookback} scores a token at the start of its sequence")
+
+    def read_positions(self, targets: np.ndarray) -> np.ndarray:
+        """Where the predictions of some targets, int64 ``[n]`` places in the arrays above, are read, int64 ``[n]``."""
+        return self.score_positions[targets] - self.lookback
 
     @property
     def copies(self) -> int:
@@ -155,6 +173,7 @@ def make_plan(
     *,
     window: int = 3,
     stride: int = 8,
+    lookback: int = 0,
 ) -> MaskPlan:
     """Plans every copy of every sequence.
 
@@ -164,9 +183,10 @@ def make_plan(
         metric: one of :data:`METRICS`.
         window: positions masked by ``window``, the target among them.
         stride: copies a sequence of ``strided``.
+        lookback: how many positions left of a token its prediction is read.
 
     Raises:
-        RequestError: an unknown metric, or one that a sequence cannot serve.
+        RequestError: an unknown metric, or one that a sequence cannot serve, or a token with nothing to its left.
     """
     check_metric(metric, window, stride)
     copy_sequences: list[np.ndarray] = []
@@ -197,6 +217,7 @@ def make_plan(
         score_copies=_joined(score_copies),
         score_positions=_joined(score_positions),
         targets=_joined(targets),
+        lookback=lookback,
     )
 
 

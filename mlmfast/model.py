@@ -28,7 +28,7 @@ from mlmfast.errors import MLMFastError, RequestError, TextError
 from mlmfast.execution import Reader, compute, head_states, read_best, read_logprobs, read_rows, run
 from mlmfast.generation import Generating, ending, streaming
 from mlmfast.graphs import Graphs
-from mlmfast.masking import MaskPlan, check_metric, make_plan
+from mlmfast.masking import OBJECTIVES, MaskPlan, check_metric, make_plan
 from mlmfast.packing import PackedBatch
 from mlmfast.prefix import compute_after_prefix
 from mlmfast.results import Distribution, Fill, Generation, Ranking, Score
@@ -44,6 +44,7 @@ class MaskedLM:
         model: the Hugging Face model whose weights are used.
         tokenizer: its tokenizer.
         semantics: ``"trained"`` or ``"upstream"``.
+        objective: ``"mlm"`` or ``"mntp"``.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class MaskedLM:
         backend: str = "auto",
         batch_tokens: int | None = None,
         cuda_graphs: bool = True,
+        objective: str = "mlm",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.semantics = semantics
+        self.objective = objective
         self.family: str = model.config.model_type
         self._architecture = architectures.family_module(self.family, name)
         self._extras = extras
@@ -117,7 +120,8 @@ class MaskedLM:
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         kind = str(self.dtype).removeprefix("torch.")
-        return f"MaskedLM({self.name!r}, {self.family}, {size:.1f}M parameters, {kind} on {self.device})"
+        objective = "" if self.objective == "mlm" else f", objective {self.objective}"
+        return f"MaskedLM({self.name!r}, {self.family}, {size:.1f}M parameters, {kind} on {self.device}{objective})"
 
     def spec(self) -> EncoderSpec:
         """The model's weights as the encoder reads them, taken from the live modules at every call."""
@@ -481,19 +485,30 @@ class MaskedLM:
             if isinstance(one, TextError):
                 raise one
         sequences = [cast(EncodedText, one).sequence for one in encoded]
-        return make_plan(sequences, encoder.mask_token_id, metric, window=window, stride=stride)
+        return make_plan(
+            sequences, encoder.mask_token_id, metric, window=window, stride=stride, lookback=encoder.lookback
+        )
 
     def logprobs(self, plan: MaskPlan, *, temperature: float = 1.0) -> np.ndarray:
         """Log-probabilities of a plan's targets, for callers who make their own plans.
 
         Args:
-            plan: from :meth:`plan` or :func:`mlmfast.masking.make_plan`, with this tokenizer's mask token.
+            plan: from :meth:`plan` or :func:`mlmfast.masking.make_plan`, with this tokenizer's mask token and this
+                objective's lookback.
             temperature: divides the logits.
 
         Returns:
             float32 ``[N]`` in nats, in the plan's order.
+
+        Raises:
+            RequestError: the plan is read elsewhere than this model predicts.
         """
         check_temperature(temperature)
+        if plan.lookback != OBJECTIVES[self.objective]:
+            raise RequestError(
+                f"the plan has lookback={plan.lookback}, but objective={self.objective!r} reads predictions "
+                f"{OBJECTIVES[self.objective]} to the left: pass lookback={OBJECTIVES[self.objective]} to make_plan()"
+            )
         with self._computing():
             spec = self.spec()
             values = run(spec, plan, read_logprobs(temperature), **self._means(spec))
@@ -545,7 +560,7 @@ class MaskedLM:
                 spec,
                 sequences,
                 encoder.mask_token_id,
-                masking,
+                masking | {"lookback": encoder.lookback},
                 read,
                 advance=bar.update,
                 **self._means(spec),
@@ -562,7 +577,8 @@ class MaskedLM:
 
     def _encoder(self, spec: EncoderSpec) -> TextEncoder:
         """The tokenizer with the limits of the model as it is now: a live one may have grown new tokens."""
-        return TextEncoder(self.tokenizer, self.name, spec.max_length, len(spec.embedding.words))
+        vocab_size, lookback = len(spec.embedding.words), OBJECTIVES[self.objective]
+        return TextEncoder(self.tokenizer, self.name, spec.max_length, vocab_size, lookback)
 
     def _means(self, spec: EncoderSpec) -> dict[str, Any]:
         """Where and how batches are computed."""

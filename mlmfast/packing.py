@@ -28,7 +28,7 @@ class Batch:
         token_ids: int64 ``[T]``, the text's own tokens; what stands at a masked row is never read.
         cu_seqlens: int32 ``[C + 1]``, where each copy begins; the last entry is ``T``.
         masked_rows: int64 ``[M]``, rows that read the mask token, ascending.
-        scored_rows: int64 ``[R]``, rows whose token is predicted, ascending.
+        scored_rows: int64 ``[R]``, rows that predictions are read at, ascending.
         cu_scored: int32 ``[C + 1]``, bounds of each copy's run in ``scored_rows``.
         scored_positions: int64 ``[R]``, a scored row's place in its copy.
         max_seqlen: longest copy, known without asking a device.
@@ -199,8 +199,8 @@ def _batch(
     starts = np.concatenate([[0], np.cumsum([len(s) for s in sequences])])
     masked = [plan.masked_positions[plan.mask_offsets[c] : plan.mask_offsets[c + 1]] for c in copies]
     order = [target_order[target_bounds[m] : target_bounds[m + 1]] for m in members]
-    # Position of each target in the batch; several targets of one copy may share a row.
-    target_positions = [plan.score_positions[o] + start for o, start in zip(order, starts)]
+    # Where each target is read in the batch; several targets of one copy may share a row.
+    target_positions = [plan.read_positions(o) + start for o, start in zip(order, starts)]
     scored_rows, target_rows = np.unique(np.concatenate(target_positions), return_inverse=True)
     cu_scored = np.searchsorted(scored_rows, starts)
     orders = np.concatenate(order)

@@ -80,33 +80,32 @@ def _run(
 
     All its sequences are as long as ``special`` bool ``[L]``, which says where one of them has special tokens.
     """
+    start = max(0, prefix - plan.lookback)  # the row before the first scored token may be one that is read
     first, which = distinct_copies(plan)
     free = free_memory(device) if device.type == "cuda" else None
     slots = cache_slots(spec, len(special), min(SLOTS, len(first)), 1, free)
-    cache = Cache(spec, max(1, min(slots, batch_tokens // (len(special) - prefix))), len(special))
+    cache = Cache(spec, max(1, min(slots, batch_tokens // (len(special) - start))), len(special))
     # Nothing of any answer: a mask at each token after the prefix.
     hidden = np.flatnonzero(~special & (np.arange(len(special)) >= prefix))
     ids = plan.sequences[0].copy()
     ids[hidden] = plan.mask_token_id
     blank = Line(0, ids, 0, hidden.tolist(), hidden[:1].tolist())
     mask_append_step(spec, step_batch(spec.embedding, [blank], cache).to(device), plan.mask_token_id, cache)
-    cache.copy([0] * cache.slots, range(cache.slots), prefix)
+    cache.copy([0] * cache.slots, range(cache.slots), start)
 
     kinds = which[plan.score_copies]
     values: dict[str, np.ndarray] = {}
-    for start in range(0, len(first), cache.slots):
+    for begin in range(0, len(first), cache.slots):
         lines: list[Line] = []
         targets: list[np.ndarray] = []  # in the plan, of each line
         rows: list[np.ndarray] = []  # of the hidden states, that each target is read from
         scored = 0
-        for slot, kind in enumerate(range(start, min(start + cache.slots, len(first)))):
+        for slot, kind in enumerate(range(begin, min(begin + cache.slots, len(first)))):
             copy = first[kind]
             masked = plan.masked_positions[plan.mask_offsets[copy] : plan.mask_offsets[copy + 1]]
             mine = np.flatnonzero(kinds == kind)
-            places, row = np.unique(plan.score_positions[mine], return_inverse=True)
-            lines.append(
-                Line(slot, plan.sequences[plan.copy_sequences[copy]], prefix, masked.tolist(), places.tolist())
-            )
+            places, row = np.unique(plan.read_positions(mine), return_inverse=True)
+            lines.append(Line(slot, plan.sequences[plan.copy_sequences[copy]], start, masked.tolist(), places.tolist()))
             targets.append(mine)
             rows.append(row.reshape(-1) + scored)
             scored += len(places)

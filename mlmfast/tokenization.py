@@ -39,12 +39,13 @@ class TextEncoder:
         name: the model's, for messages.
         max_length: longest sequence the model holds, special tokens included; None for no limit.
         vocab_size: rows of the embedding table.
+        lookback: how many positions left of a token its prediction is read.
 
     Raises:
         CheckpointError: the tokenizer has no mask token, so nothing can be masked.
     """
 
-    def __init__(self, tokenizer: Any, name: str, max_length: int | None, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any, name: str, max_length: int | None, vocab_size: int, lookback: int = 0) -> None:
         if tokenizer.mask_token_id is None:
             raise CheckpointError(
                 f"{name}: its tokenizer has no mask token, so nothing can be masked; load the tokenizer that the "
@@ -54,6 +55,7 @@ class TextEncoder:
         self.name = name
         self.max_length = max_length
         self.vocab_size = vocab_size
+        self.lookback = lookback
         self.mask_token_id = int(tokenizer.mask_token_id)
         roles = ("cls_token_id", "sep_token_id", "pad_token_id", "mask_token_id", "bos_token_id", "eos_token_id")
         # An unknown word is a word; only a tokenizer that uses the same token as, say, its separator hides it.
@@ -203,6 +205,12 @@ class TextEncoder:
                 cut = " (after truncation)" if excess else ""
                 end = "the end" if span[1] is None else span[1]
                 return f"has no token to score within characters {span[0]} to {end}{cut}"
+        if scored[: self.lookback].any():
+            return (
+                f"begins with the token {self.tokenizer.convert_ids_to_tokens(int(token_ids[0]))!r}, and with "
+                "objective='mntp' a token is predicted at the one before it; load a tokenizer that puts a special "
+                "token before a text"
+            )
         return EncodedText(text, TokenSequence(token_ids, special, scored, word_ids), offsets, excess)
 
 

@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutput
 class Appending(PreTrainedModel, GenerationMixin):
     """A masked model that transformers' own ``generate`` takes for a causal one: the paper's wrapper.
 
-    ``forward`` puts CLS before the tokens, masks and the final token after them, and gives the first mask's logits.
+    ``forward`` puts CLS before the tokens, masks and the final token after them, and gives the first mask's logits, or
+    those ``shift`` rows to its left.
     """
 
     config_class = PretrainedConfig
@@ -25,10 +26,12 @@ class Appending(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = False
 
-    def __init__(self, model: PreTrainedModel, before: list[int], masks: list[int], after: list[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, before: list[int], masks: list[int], after: list[int], shift: int = 0
+    ) -> None:
         super().__init__(PretrainedConfig(vocab_size=model.config.vocab_size))
         self.inner = copy.deepcopy(model).eval()
-        self.before, self.masks, self.after = before, masks, after
+        self.before, self.masks, self.after, self.shift = before, masks, after, shift
         self.generation_config.use_cache = False
         self.anchor = nn.Parameter(torch.zeros(1))  # transformers asks the first parameter for the device
 
@@ -44,15 +47,15 @@ class Appending(PreTrainedModel, GenerationMixin):
         )
         whole = torch.cat([before, input_ids.long(), masks, after], 1)
         logits = self.inner(input_ids=whole, attention_mask=torch.ones_like(whole)).logits
-        first = len(self.before) + input_ids.shape[1]
+        first = len(self.before) + input_ids.shape[1] - self.shift
         return CausalLMOutput(logits=logits[:, first : first + 1])
 
 
 def appending(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, masks: int = 3, final: bool = True
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, masks: int = 3, final: bool = True, shift: int = 0
 ) -> Appending:
     before, after = [tokenizer.cls_token_id], [tokenizer.sep_token_id] if final else []
-    return Appending(model, before, [tokenizer.mask_token_id] * masks, after)
+    return Appending(model, before, [tokenizer.mask_token_id] * masks, after, shift)
 
 
 @torch.no_grad()

@@ -183,6 +183,19 @@ def test_trained_uses_the_enhanced_mask_decoder(
     assert_score(lm.score([short], metric="unmasked")[0], reference_loop(forward, tokenizer, short, "unmasked"))
 
 
+def test_predictions_may_be_read_one_to_the_left(
+    family: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, clamped: None
+) -> None:
+    """Masked-next-token prediction: the decoder's queries start from the place where they are read."""
+    model = SMALL_DEBERTAS[family](len(tokenizer))
+    folder = save(tmp_path, model, tokenizer)
+    forward = enhanced_decoder(model, add_position_table(folder, 96, 32))
+    lm = mlmfast.load(folder, objective="mntp")
+    for metric in ("window", "strided"):
+        truth = reference_loop(forward, tokenizer, TEXTS[1], metric, shift=1)
+        assert_score(lm.score([TEXTS[1]], metric=metric)[0], truth)
+
+
 def test_the_decoder_changes_the_scores_and_upstream_ignores_it(
     family: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -101,8 +101,12 @@ def reference_loop(
     span: tuple[int, int] | None = None,
     temperature: float = 1.0,
     max_length: int | None = None,
+    shift: int = 0,
 ) -> Truth:
-    """Scores one text, one copy after the other; with ``max_length`` the text as the tokenizer itself truncates it."""
+    """Scores one text, one copy after the other; with ``max_length`` the text as the tokenizer itself truncates it.
+
+    ``shift``: how far left of a token the row stands that predicts it.
+    """
     encoding = tokenizer(text, return_offsets_mapping=True, truncation=max_length is not None, max_length=max_length)
     ids: list[int] = list(encoding["input_ids"])
     special = {i for i, token in enumerate(ids) if token in special_ids(tokenizer)}
@@ -115,7 +119,7 @@ def reference_loop(
             masked = masks_of_target(target, len(ids), special, encoding.word_ids(), metric, window)
         masked_ids = [tokenizer.mask_token_id if i in masked else token for i, token in enumerate(ids)]
         copies.append(tuple(masked_ids))
-        rows.append(torch.log_softmax(forward(masked_ids)[target].double() / temperature, dim=-1).numpy())
+        rows.append(torch.log_softmax(forward(masked_ids)[target - shift].double() / temperature, dim=-1).numpy())
     return Truth(positions, [ids[i] for i in positions], copies, np.array(rows))
 
 
