@@ -220,14 +220,16 @@ class OwnCode:
             # A BigBird leaves its sparse attention for good at the first short text; a long one must not depend on it.
             if usual is not None and length > self._switched_at and base.attention_type != usual:
                 base.set_attention_type(usual)
-            training = [module for module in self.model.modules() if module.training]
-            for module in training:
-                module.training = False
+            modes = {name: module.training for name, module in self.model.named_modules()}
+            if any(modes.values()):
+                self.model.eval()
             try:
                 yield
             finally:
-                for module in training:
-                    module.training = True
+                if any(modes.values()):
+                    for name, module in self.model.named_modules():  # a BigBird's own may be new ones
+                        modes.setdefault(name, modes.get(name.rpartition(".")[0], False))
+                        module.training = modes[name]
                 if usual is not None and base.attention_type != usual:
                     self._switched_at = max(self._switched_at, length)
 
@@ -288,11 +290,17 @@ def probe(code: OwnCode, ordinary: list[int], max_length: int | None) -> Conduct
         whole = every(short)
         again = every(long)
         alone = torch.cat([every(copy[None]) for copy in short])
+        elsewhere = every(torch.cat([short[:1, :1], short[1:2, 1:]], 1))  # the first token in another text
     except MLMFastError as error:
         raise UnsupportedModelError(f"{error}, and this model cannot be served") from error
     if not _near(first, again):
         raise UnsupportedModelError(
             f"{code.name}: its predictions change from run to run (random hashing?), so that it has no one score"
+        )
+    if torch.equal(elsewhere[0], whole[0]):
+        raise UnsupportedModelError(
+            f"{code.name}: its predictions at a token do not depend on the others (MRA's attention is zero without its "
+            "CUDA kernel), so that its scores would be noise"
         )
     some = [torch.arange(1, short.numel(), device=device), torch.tensor([2], device=device)]
     return Conduct(
