@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from mlmfast.architectures.spec import EncoderSpec, Layer
+
+if TYPE_CHECKING:
+    from mlmfast.generic import Spec
 
 # On a CPU, by the bytes of a number: more are slower. A base model's widest intermediate then passes 32 MiB, and what
 # is larger than that glibc hands back to the system and faults in anew each time.
 CPU_ROWS = {2: 4096, 4: 2048}
 USUAL_ROWS = 2048
+# And by the bytes of a pass, which only the logits of a generic model's large vocabulary come to.
+CPU_BYTES = 1 << 30
 # On a GPU: as memory allows, between what keeps it busy and what still gains from company.
 LEAST_ROWS = 1024
 MOST_ROWS = 65536
@@ -22,22 +29,23 @@ POSITION_TERMS = 256 << 20
 ROW_NUMBERS = 128
 
 
-def usual_batch_tokens(spec: EncoderSpec, device: torch.device) -> int:
+def usual_batch_tokens(spec: Spec, device: torch.device) -> int:
     """Rows of a batch for a model on a device, as much memory as it has free now."""
-    itemsize = spec.embedding.words.dtype.itemsize
+    itemsize = spec.dtype.itemsize
     if device.type == "cpu":
-        return CPU_ROWS.get(itemsize, USUAL_ROWS)
+        return min(CPU_ROWS.get(itemsize, USUAL_ROWS), max(1, CPU_BYTES // row_bytes(spec)))
     if device.type != "cuda":
         return USUAL_ROWS
-    room = free_memory(device) * SHARE - (0 if spec.buckets is None else POSITION_TERMS)
+    disentangled = isinstance(spec, EncoderSpec) and spec.buckets is not None
+    room = free_memory(device) * SHARE - (POSITION_TERMS if disentangled else 0)
     rows = int(room / row_bytes(spec))
     return min(MOST_ROWS, max(LEAST_ROWS, rows // LEAST_ROWS * LEAST_ROWS))
 
 
-def row_bytes(spec: EncoderSpec) -> int:
+def row_bytes(spec: Spec) -> int:
     """Most bytes that a packed row holds at any time in the pass."""
-    width = max(_layer_width(layer) for layer in spec.layers)
-    return width * spec.embedding.words.dtype.itemsize + ROW_NUMBERS
+    width = max(map(_layer_width, spec.layers)) if isinstance(spec, EncoderSpec) else spec.width
+    return width * spec.dtype.itemsize + ROW_NUMBERS
 
 
 def _layer_width(layer: Layer) -> int:
@@ -57,3 +65,11 @@ def free_memory(device: torch.device) -> int:
     """Bytes of a CUDA device that nobody uses: those that the driver has, and those that torch holds without use."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an allocator gave up: torch has a class for it on accelerators, and only messages on the CPU."""
+    messages = ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        message in str(error) for message in messages
+    )

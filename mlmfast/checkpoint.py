@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 
 from mlmfast.architectures import family_module
 from mlmfast.errors import CheckpointError, MLMFastError, RequestError, UnsupportedModelError
+from mlmfast.generic import generic_types, masked_class
 from mlmfast.masking import OBJECTIVES
 from mlmfast.model import MaskedLM
 
@@ -83,7 +84,8 @@ def load(
         allow_random_head: accept a checkpoint that lacks its prediction head. Its scores are noise.
 
     Raises:
-        UnsupportedModelError: a family, or an option of one, that is not implemented; the known ones are named.
+        UnsupportedModelError: an option of a family that is not implemented, or a model that is none of transformers'
+            masked ones; the known families are named.
         CheckpointError: nothing to load, or unsafe, incomplete or NaN weights.
         RequestError: arguments that do not go together.
         BackendError: ``backend`` is not known or cannot serve here.
@@ -185,7 +187,7 @@ def load_checkpoint(
         try:
             files = weight_files(name, revision)
             keys = {key for file in files for key in tensor_names(file)}
-            if hasattr(family, "prepare_config"):
+            if family is not None and hasattr(family, "prepare_config"):
                 family.prepare_config(config, keys, semantics)
             model, info = AutoModelForMaskedLM.from_pretrained(
                 name,
@@ -241,14 +243,15 @@ def check_live(model: Any, tokenizer: Any, dtype: torch.dtype | None, device: st
         raise RequestError(f"load() takes a name, a folder or a Hugging Face model, not a {type(model).__name__}")
     config: Any = model.config
     name = getattr(config, "name_or_path", "") or type(model).__name__
-    family_module(config.model_type, name)
-    expected: Any = AutoModelForMaskedLM._model_mapping.get(type(config), None)
-    if expected is None:
-        raise UnsupportedModelError(
-            f"{name}: its config is a {type(config).__name__}, which is not transformers' own; its code may compute "
-            "something else. Load the checkpoint by name or folder instead"
-        )
-    if not isinstance(model, expected):
+    # A class that is not transformers' own is code that the caller has chosen to run; what it gives is probed.
+    if masked_class(model) is None and type(model).__module__.startswith("transformers."):
+        expected: Any = AutoModelForMaskedLM._model_mapping.get(type(config), None)
+        if expected is None:
+            family_module(config.model_type, name)
+            raise UnsupportedModelError(
+                f"{name}: its config is a {type(config).__name__}, which is not transformers' own; its code may "
+                "compute something else. Load the checkpoint by name or folder instead"
+            )
         raise CheckpointError(f"{name} is a {type(model).__name__}; a {expected.__name__} is needed to predict tokens")
     if tokenizer is None:
         raise RequestError("a live model needs its tokenizer: load(model, tokenizer)")
@@ -261,8 +264,8 @@ def check_live(model: Any, tokenizer: Any, dtype: torch.dtype | None, device: st
     return name
 
 
-def _config(name: str, options: dict[str, Any]) -> tuple[Any, ModuleType]:
-    """The config and its family's module; the family is judged before any class of the checkpoint is looked for."""
+def _config(name: str, options: dict[str, Any]) -> tuple[Any, ModuleType | None]:
+    """The config and its family's module, None for a generic model; judged before any class is looked for."""
     try:
         raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **options)
     except (OSError, ValueError) as error:
@@ -273,7 +276,7 @@ def _config(name: str, options: dict[str, Any]) -> tuple[Any, ModuleType]:
         raise CheckpointError(f"{name}: no config.json is there; give 'tiny', a folder with one, or a name on the Hub")
     model_type = raw.get("model_type")
     try:
-        family = family_module(model_type, name)
+        family = None if model_type in generic_types() else family_module(model_type, name)
     except UnsupportedModelError as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(f"{error}; it asks for remote code, which mlmfast never runs") from None

@@ -128,9 +128,10 @@ def score(
         # What may be wrong with the files is found before the model is loaded.
         sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
         rows = read_rows(source, format=format, field=field)
-        records_of = partial(score_window, mlmfast.load(model, **loading), options)
+        lm = mlmfast.load(model, **loading)
+        records_of = partial(score_window, lm, options)
         approximate = " (approximate)" if metric == "strided" else ""
-        manner = f"scored in {{seconds:.1f}} s; model {model}, metric {metric}{approximate}"
+        manner = f"scored in {{seconds:.1f}} s; model {model}{_own_code(lm)}, metric {metric}{approximate}"
         tally = _write(records_of, rows, sink, output, quiet, manner)
     raise typer.Exit(1 if tally.errors else 0)
 
@@ -321,9 +322,10 @@ def generate(
                 raise RequestError(f"--output {output} is the input")
             sink = open_sink(output, request | options | loading, shard_rows, sys.stdout.buffer)
             rows = read_rows(file, format=format, field=field)
-            records_of = partial(generate_window, mlmfast.load(model, **loading), options)
+            lm = mlmfast.load(model, **loading)
+            records_of = partial(generate_window, lm, options)
             approximate = " (approximate)" if cache != "none" else ""
-            manner = f"generated in {{seconds:.1f}} s; model {model}, cache {cache}{approximate}"
+            manner = f"generated in {{seconds:.1f}} s; model {model}{_own_code(lm)}, cache {cache}{approximate}"
             failed = bool(_write(records_of, rows, sink, output, quiet, manner, GENERATED_ROWS).errors)
         elif prompt is not None:
             lm = mlmfast.load(model, **loading)
@@ -335,9 +337,16 @@ def generate(
             else:
                 if cache != "none":
                     say(f"approximate: cache {cache}")
+                if lm.generic:
+                    say(f"model {model}{_own_code(lm)}")
                 typer.echo(prompt, nl=False)
                 _print_text(lm, prompt, options)
     raise typer.Exit(1 if failed else 0)
+
+
+def _own_code(lm: MaskedLM) -> str:
+    """What a summary says after the name of a model that its own code computes."""
+    return " (generic: its own code, not mlmfast's kernels)" if lm.generic else ""
 
 
 def _print_text(lm: MaskedLM, prompt: str, options: dict[str, Any]) -> None:
@@ -389,6 +398,7 @@ def _print_ranking(result: Ranking, metric: str) -> None:
 
     manner = f"metric {metric}, normalize {result.normalize or 'none'}"
     manner += "" if result.cache == "none" else f", cache {result.cache} (approximate)"
+    manner += ", generic" if result.generic else ""
     table = Table(title=Text(repr(result.prompt)), caption=manner)
     for name in ("option", "value", "share", "tokens"):
         table.add_column(name, justify="left" if name == "option" else "right")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlmfast.errors import RequestError, TextError
 from mlmfast.readers import Row
-from mlmfast.results import Generation, Score
+from mlmfast.results import Generation, Score, generic_mark
 from mlmfast.shards import FolderSink
 from mlmfast.writers import FileSink, Record, Sink, StreamSink, Tally
 
@@ -147,6 +147,7 @@ def continuation_of(row: Row, outcome: Generation | TextError) -> Record:
         "logprobs": [float(str(x)) for x in outcome.logprobs],
         "stopped": outcome.stopped,
         "cache": outcome.cache,
+        **generic_mark(outcome),
     }
 
 
@@ -167,4 +168,4 @@ def record_of(row: Row, outcome: Score | TextError) -> Record:
     }
     if outcome.ranks is not None:
         record["ranks"] = [int(rank) for rank in outcome.ranks]
-    return record
+    return record | generic_mark(outcome)

@@ -19,6 +19,7 @@ from rich.text import Text
 from mlmfast import __version__, backends, cpu, cuda, machine
 from mlmfast.architectures import FAMILIES
 from mlmfast.cpu import products
+from mlmfast.generic import generic_types
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PACKAGES = ("torch", "transformers", "tokenizers", "triton", "numpy", "pyarrow")
@@ -35,7 +36,8 @@ def examine() -> dict[str, Any]:
         ``missing`` and what it costs (None if nothing is), and ``products``: for each dtype, with an activation and
         without, which kind was chosen by measuring, its reason and both rates in GFLOP/s. ``cuda``: the ``version`` of
         the cuda backend's extension (None where it does not serve), what is ``missing`` and the remedy. ``families``:
-        model types that load.
+        model types that mlmfast's kernels compute. ``generic``: those of this transformers that load too, but run in
+        transformers' own code.
     """
     gpus = machine.gpus()
     without_cuda = cuda.missing("", "cuda")
@@ -62,6 +64,7 @@ def examine() -> dict[str, Any]:
         },
         "cuda": {"version": None if without_cuda else cuda.VERSION, "missing": without_cuda},
         "families": sorted(FAMILIES),
+        "generic": generic_types(),
     }
 
 
@@ -91,6 +94,7 @@ def show(findings: dict[str, Any]) -> None:
     extension = findings["cuda"]
     facts.add_row("cuda extension", Text(extension["missing"] or f"version {extension['version']}"))
     facts.add_row("families", ", ".join(findings["families"]))
+    facts.add_row("generic", f"in transformers' own code, without mlmfast's kernels: {', '.join(findings['generic'])}")
     console.print(facts)
     said = {findings[name]["missing"]: f"see {name} extension" for name in ("cpu", "cuda") if findings[name]["missing"]}
     for device, served in findings["backends"].items():

@@ -16,25 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlmfast.architectures.spec import EncoderSpec, Head
+from mlmfast.architectures.spec import Head
+from mlmfast.budget import out_of_memory
 from mlmfast.encoder import encode, predict
+from mlmfast.generic import GenericSpec, LogitsHead, Spec
 from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan, TokenSequence, copies_of, make_plan, parted
-from mlmfast.ops.vocab_logprob import vocab_logprob
-from mlmfast.ops.vocab_rows import vocab_rows
-from mlmfast.ops.vocab_topk import vocab_topk
 from mlmfast.packing import PackedBatch, halves, pack
 from mlmfast.reference import accumulation
 from mlmfast.staging import transferred
 
 # What is read at the scored rows: head, its hidden states [R, e], targets -> arrays with a row a target, [N, ...].
-Reader = Callable[[Head, Tensor, "Targets"], dict[str, Tensor]]
+Reader = Callable[[Head | LogitsHead, Tensor, "Targets"], dict[str, Tensor]]
 
 # Rows of copies planned at once. Identical copies are found within such a window of sequences.
 WINDOW_TOKENS = 1 << 21
 # Scored rows that are read together, from as many batches as it takes: a vocabulary is hundreds of megabytes, and the
 # few scored rows of one batch of short texts would not pay for bringing it from memory.
 READ_ROWS = 512
+# Most bytes that wait for that: a generic model's rows are as wide as its vocabulary.
+READ_BYTES = 64 << 20
 # Rows of whole distributions computed at once.
 CHUNK = 64
 # Bytes of what was read that may wait on a device before it is fetched; a CPU's results are where they should be.
@@ -104,10 +105,8 @@ class Values:
 def read_logprobs(temperature: float = 1.0, ranks: bool = False, entropies: bool = False) -> Reader:
     """Reads ``logprobs``, and on request ``ranks`` and ``entropies``."""
 
-    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
-        logprobs, places, spread = vocab_logprob(
-            hidden, head.vocabulary, head.bias, targets.ids, targets.rows, temperature, ranks, entropies
-        )
+    def read(head: Head | LogitsHead, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        logprobs, places, spread = head.vocab_logprob(hidden, targets.ids, targets.rows, temperature, ranks, entropies)
         values = {"logprobs": logprobs}
         if ranks:
             values["ranks"] = places
@@ -121,8 +120,8 @@ def read_logprobs(temperature: float = 1.0, ranks: bool = False, entropies: bool
 def read_best(top_k: int, temperature: float = 1.0) -> Reader:
     """Reads the ``top_k`` best ``logprobs`` and their ``ids``."""
 
-    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
-        logprobs, ids = vocab_topk(hidden, head.vocabulary, head.bias, top_k, temperature)
+    def read(head: Head | LogitsHead, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        logprobs, ids = head.vocab_topk(hidden, top_k, temperature)
         return {"logprobs": logprobs[targets.rows], "ids": ids[targets.rows]}
 
     return read
@@ -131,11 +130,11 @@ def read_best(top_k: int, temperature: float = 1.0) -> Reader:
 def read_rows(temperature: float = 1.0) -> Reader:
     """Reads whole distributions, ``logprobs [N, V]``: here they are the result, so they are held, on the CPU."""
 
-    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
-        whole = torch.empty(len(targets.ids), len(head.vocabulary), dtype=accumulation(hidden.dtype))
+    def read(head: Head | LogitsHead, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        whole = torch.empty(len(targets.ids), head.vocab_size, dtype=accumulation(hidden.dtype))
         for start in range(0, len(targets.ids), CHUNK):
             rows = hidden[targets.rows[start : start + CHUNK]]
-            whole[start : start + CHUNK] = vocab_rows(rows, head.vocabulary, head.bias, temperature)
+            whole[start : start + CHUNK] = head.vocab_rows(rows, temperature)
         return {"logprobs": whole}
 
     return read
@@ -145,19 +144,15 @@ def read_logits() -> Reader:
     """Reads whole distributions as :func:`read_rows` does, and ``shifts [N]``: a logit less its log-probability."""
     rows = read_rows()
 
-    def read(head: Head, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def read(head: Head | LogitsHead, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
         logprobs = rows(head, hidden, targets)["logprobs"]
-        wide = accumulation(hidden.dtype)
-        first = hidden[targets.rows].to(wide) @ head.vocabulary[0].to(wide)
-        if head.bias is not None:
-            first = first + head.bias[0].to(wide)
-        return {"logprobs": logprobs, "shifts": first.cpu() - logprobs[:, 0]}
+        return {"logprobs": logprobs, "shifts": head.first_logits(hidden[targets.rows]).cpu() - logprobs[:, 0]}
 
     return read
 
 
 def compute(
-    spec: EncoderSpec,
+    spec: Spec,
     sequences: Sequence[TokenSequence],
     mask_token_id: int,
     masking: dict[str, Any],
@@ -220,7 +215,7 @@ def _windows(
 
 
 def run(
-    spec: EncoderSpec,
+    spec: Spec,
     plan: MaskPlan,
     read: Reader,
     *,
@@ -246,7 +241,10 @@ def run(
     waiting = pack(plan, batch_tokens)[::-1]
     rows = sum(batch.tokens for batch in waiting)
     values = Values(len(plan.targets), PATIENCE.get(device.type, USUAL_PATIENCE))
-    states = _plain(spec, plan, device) if graphs is None else graphs.over(spec, plan.mask_token_id, device)
+    if graphs is None or isinstance(spec, GenericSpec):  # whose own code may wait for the device
+        states = _plain(spec, plan, device)
+    else:
+        states = graphs.over(spec, plan.mask_token_id, device)
     encoded: list[tuple[PackedBatch, Tensor]] = []  # not read yet, with the head's hidden states [R, e]
     while waiting:
         batch = waiting.pop()
@@ -262,7 +260,8 @@ def run(
             else:
                 raise
             continue
-        if not waiting or sum(len(hidden) for _, hidden in encoded) >= READ_ROWS:
+        rows_read, bytes_read = (sum(count) for count in zip(*((len(hidden), hidden.nbytes) for _, hidden in encoded)))
+        if not waiting or rows_read >= READ_ROWS or bytes_read >= READ_BYTES:
             for order, found in _read(spec.head, encoded, read):
                 values.add(order, found)
             encoded.clear()
@@ -271,17 +270,22 @@ def run(
     return values.arrays()
 
 
-def head_states(spec: EncoderSpec, batch: PackedBatch, mask_token_id: int) -> Tensor:
-    """The whole pass up to the vocabulary: the head's hidden states ``[R, e]`` of a batch on the weights' device."""
+def head_states(spec: Spec, batch: PackedBatch, mask_token_id: int) -> Tensor:
+    """The whole pass up to the vocabulary: the head's hidden states ``[R, e]`` of a batch on the weights' device.
+
+    A generic model's own code goes farther: what its head reads are logits ``[R, V]``.
+    """
+    if isinstance(spec, GenericSpec):
+        return spec.scored_logits(batch, mask_token_id)
     return predict(spec, encode(spec, batch, mask_token_id))
 
 
-def _plain(spec: EncoderSpec, plan: MaskPlan, device: torch.device) -> Callable[[PackedBatch], Tensor]:
+def _plain(spec: Spec, plan: MaskPlan, device: torch.device) -> Callable[[PackedBatch], Tensor]:
     return lambda batch: head_states(spec, batch.to(device), plan.mask_token_id)
 
 
 def _read(
-    head: Head, encoded: Sequence[tuple[PackedBatch, Tensor]], read: Reader
+    head: Head | LogitsHead, encoded: Sequence[tuple[PackedBatch, Tensor]], read: Reader
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """What is read at the scored rows of some batches together, or of half of them at a time if memory runs out.
 
@@ -303,11 +307,3 @@ def _read(
         encoded = [(first, hidden[: len(first.scored_rows)]), (second, hidden[len(first.scored_rows) :])]
     yield from _read(head, encoded[: len(encoded) // 2], read)
     yield from _read(head, encoded[len(encoded) // 2 :], read)
-
-
-def out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether an allocator gave up: torch has a class for it on accelerators, and only messages on the CPU."""
-    messages = ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        message in str(error) for message in messages
-    )

@@ -20,6 +20,7 @@ from mlmfast.cache import Cache, cache_slots
 from mlmfast.decoding import CONTINUATIONS, Decoder, ExactSteps, Frame, Search, Steps, WindowSteps
 from mlmfast.errors import RequestError, TextError
 from mlmfast.execution import Reader, read_best, read_logits, run
+from mlmfast.generic import Spec
 from mlmfast.results import Generation
 from mlmfast.rules import Rules, criteria_of, settings_of, stop_ids_of
 from mlmfast.searches import BeamSearch, DraftedSearch, GreedySearch, Hypothesis
@@ -100,7 +101,7 @@ class Generating:
     def __init__(
         self,
         lm: Any,
-        spec: EncoderSpec,
+        spec: Spec,
         encoder: TextEncoder,
         prompts: Sequence[str],
         *,
@@ -123,9 +124,11 @@ class Generating:
         self.prompts = list(prompts)
         self.settings = settings = settings_of(generation_config, settings)
         self.manner = Manner.checked(num_masks, cache, recompute, refresh, draft, settings)
+        if lm.generic and cache == "window":
+            raise RequestError(lm._needs_layers("cache='window'"))
         before, after = encoder.surroundings()
         if final_token != "auto":
-            after = _final(final_token, lm.tokenizer, len(spec.embedding.words))
+            after = _final(final_token, lm.tokenizer, spec.vocab_size)
         self.frame = Frame(before, num_masks, after, encoder.mask_token_id, encoder.lookback)
         stop_ids = stop_ids_of(settings, lm.tokenizer)
         criteria = criteria_of(settings, lm.tokenizer, stopping_criteria or ())
@@ -222,7 +225,7 @@ class Generating:
 
     def _reader(self) -> Reader:
         best = self.searches[0].best
-        return read_logits() if best is None else read_best(min(best, len(self.spec.embedding.words)))
+        return read_logits() if best is None else read_best(min(best, self.spec.vocab_size))
 
     def _steps(self) -> Steps:
         means = self.lm._means(self.spec)
@@ -234,6 +237,7 @@ class Generating:
                 lambda plan: run(self.spec, plan, read, **means),
                 max(CONTINUATIONS // width, 1) * width,
             )
+        assert isinstance(self.spec, EncoderSpec)
         capacity = self.frame.tokens + max(len(ids) + r.most for ids, r in zip(self.prompt_ids, self.rules))
         device = means["device"]
         free = free_memory(device) if device.type == "cuda" else None
@@ -280,6 +284,7 @@ class Generating:
             passes=self.passes[search],
             score=line.score if self.settings["num_beams"] > 1 else None,
             cache=self.manner.cache,
+            generic=self.lm.generic,
         )
 
     def text(self, search: int, generated: list[int]) -> str:

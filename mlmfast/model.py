@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mlmfast import architectures, backends
-from mlmfast.architectures.spec import Derived, EncoderSpec
+from mlmfast import backends
+from mlmfast.architectures.spec import Derived
 from mlmfast.arguments import (
     check_batch_tokens,
     check_on_error,
@@ -24,9 +24,10 @@ from mlmfast.arguments import (
 )
 from mlmfast.budget import usual_batch_tokens
 from mlmfast.cpu import products
-from mlmfast.errors import MLMFastError, RequestError, TextError
+from mlmfast.errors import BackendError, MLMFastError, RequestError, TextError
 from mlmfast.execution import Reader, compute, head_states, read_best, read_logprobs, read_rows, run
 from mlmfast.generation import Generating, ending, streaming
+from mlmfast.generic import FAMILY, Generic, Spec, architecture_of
 from mlmfast.graphs import Graphs
 from mlmfast.masking import OBJECTIVES, MaskPlan, check_metric, make_plan
 from mlmfast.packing import PackedBatch
@@ -40,7 +41,7 @@ class MaskedLM:
 
     Attributes:
         name: as given to :func:`mlmfast.load`.
-        family: the checkpoint's ``model_type``.
+        family: the checkpoint's ``model_type``; ``"generic"`` for a model that its own code computes.
         model: the Hugging Face model whose weights are used.
         tokenizer: its tokenizer.
         semantics: ``"trained"`` or ``"upstream"``.
@@ -65,8 +66,10 @@ class MaskedLM:
         self.name = name
         self.semantics = semantics
         self.objective = objective
-        self.family: str = model.config.model_type
-        self._architecture = architectures.family_module(self.family, name)
+        self._architecture = architecture_of(model, tokenizer, name)
+        self.family: str = FAMILY if self.generic else model.config.model_type
+        if self.generic and backend != "auto":
+            raise BackendError(f"{name} runs in its own code, which no backend serves; use backend='auto'")
         self._extras = extras
         self._derived = Derived()
         self._backend = None if backend == "auto" else backend
@@ -80,6 +83,11 @@ class MaskedLM:
     def config(self) -> Any:
         """The checkpoint's config."""
         return self.model.config
+
+    @property
+    def generic(self) -> bool:
+        """Whether the model's own code computes it, without mlmfast's kernels (:mod:`mlmfast.generic`)."""
+        return isinstance(self._architecture, Generic)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +116,7 @@ class MaskedLM:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding table."""
-        return len(self.spec().embedding.words)
+        return self.spec().vocab_size
 
     def refresh(self) -> None:
         """Forgets what was computed from the weights. Only needed after they were written through ``.data``."""
@@ -120,11 +128,17 @@ class MaskedLM:
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         kind = str(self.dtype).removeprefix("torch.")
+        family = self.family
+        if self.generic:
+            family += f" ({self.config.model_type or type(self.model).__name__})"
         objective = "" if self.objective == "mlm" else f", objective {self.objective}"
-        return f"MaskedLM({self.name!r}, {self.family}, {size:.1f}M parameters, {kind} on {self.device}{objective})"
+        return f"MaskedLM({self.name!r}, {family}, {size:.1f}M parameters, {kind} on {self.device}{objective})"
 
-    def spec(self) -> EncoderSpec:
-        """The model's weights as the encoder reads them, taken from the live modules at every call."""
+    def spec(self) -> Spec:
+        """The model's weights as the encoder reads them, taken from the live modules at every call.
+
+        Of a generic model: its own code, and what is known of it.
+        """
         return self._architecture.build(self.model, self._derived, self._extras, self.semantics)
 
     def score(
@@ -182,6 +196,7 @@ class MaskedLM:
                 offsets=None if offsets is None else [(int(a), int(b)) for a, b in offsets[positions]],
                 metric=metric,
                 truncated=encoded.truncated,
+                generic=self.generic,
                 **values,
             )
 
@@ -238,6 +253,8 @@ class MaskedLM:
         options = listed_options(options, normalize, scoring)
         if cache not in ("none", "prefix"):
             raise RequestError(f"cache={cache!r} is not known; choose 'none' (exact) or 'prefix' (approximate)")
+        if cache == "prefix" and self.generic:
+            raise RequestError(self._needs_layers("cache='prefix'"))
         scoring |= {"metric": metric, "_prefix": cache == "prefix"}
         scores = self.score_continuations([(prompt, option) for option in options], **scoring)
         values = np.array([score.total for score in scores])
@@ -246,7 +263,7 @@ class MaskedLM:
         elif normalize == "unconditional":
             alone = self.score_continuations([(unconditional_prompt, option) for option in options], **scoring)
             values = values - np.array([score.total for score in alone])
-        return Ranking(prompt, options, scores, values, normalize, cache)
+        return Ranking(prompt, options, scores, values, normalize, cache, self.generic)
 
     def distributions(
         self,
@@ -283,6 +300,7 @@ class MaskedLM:
                 candidate_ids=best,
                 candidates=None if best is None else [self._pieces(row) for row in best],
                 logprobs=values["logprobs"],
+                generic=self.generic,
             )
 
         masking = {"metric": metric, "window": window, "stride": stride}
@@ -323,6 +341,7 @@ class MaskedLM:
                     tokens=self._pieces(ids),
                     words=[self.tokenizer.decode([token]).strip() for token in ids.tolist()],
                     logprobs=logprobs,
+                    generic=self.generic,
                 )
                 for position, ids, logprobs in zip(positions, values["ids"], values["logprobs"])
             ]
@@ -555,7 +574,7 @@ class MaskedLM:
         )
         sequences = [cast(EncodedText, encoded[i]).sequence for i in good]
         with bar, self._computing():
-            way = compute_after_prefix if prefix else compute
+            way: Any = compute_after_prefix if prefix else compute  # which never meets a generic spec: see rank
             computed = way(
                 spec,
                 sequences,
@@ -575,12 +594,12 @@ class MaskedLM:
                         raise results[i]
         return results
 
-    def _encoder(self, spec: EncoderSpec) -> TextEncoder:
+    def _encoder(self, spec: Spec) -> TextEncoder:
         """The tokenizer with the limits of the model as it is now: a live one may have grown new tokens."""
-        vocab_size, lookback = len(spec.embedding.words), OBJECTIVES[self.objective]
-        return TextEncoder(self.tokenizer, self.name, spec.max_length, vocab_size, lookback)
+        lookback = OBJECTIVES[self.objective]
+        return TextEncoder(self.tokenizer, self.name, spec.max_length, spec.vocab_size, lookback)
 
-    def _means(self, spec: EncoderSpec) -> dict[str, Any]:
+    def _means(self, spec: Spec) -> dict[str, Any]:
         """Where and how batches are computed."""
         device = self.device
         rows = self._batch_tokens or usual_batch_tokens(spec, device)
@@ -600,6 +619,12 @@ class MaskedLM:
         """The tokenizer's pieces; a row of the vocabulary that it has no piece for is named by its id."""
         pieces = self.tokenizer.convert_ids_to_tokens(ids.tolist())
         return [f"[id {i}]" if piece is None else piece for i, piece in zip(ids, pieces)]
+
+    def _needs_layers(self, what: str) -> str:
+        return (
+            f"{what} keeps keys and values of layers, and {self.name} is generic: its own code computes whole passes; "
+            "pass cache='none'"
+        )
 
     def _not_finite(self) -> str:
         return (

@@ -9,7 +9,7 @@ from typing import Any
 from mlmfast.errors import TextError
 from mlmfast.model import MaskedLM
 from mlmfast.readers import SURROGATE, Malformed, read_objects
-from mlmfast.results import Ranking
+from mlmfast.results import Ranking, generic_mark
 
 # What the command line calls a normalisation -> what MaskedLM.rank does.
 NORMALIZATIONS = {"none": None, "tokens": "tokens", "unconditional": "unconditional"}
@@ -74,4 +74,5 @@ def record_of(question: Question, outcome: Ranking | str, number: int) -> dict[s
         "best": outcome.best,
         "order": outcome.order,
         "cache": outcome.cache,
+        **generic_mark(outcome),
     }

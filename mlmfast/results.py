@@ -13,6 +13,16 @@ def _excerpt(text: str, width: int = 48) -> str:
     return repr(text if len(text) <= width else text[: width - 1] + "…")
 
 
+def _mark(generic: bool) -> str:
+    """What a repr says of a result that a generic model gave."""
+    return ", generic" if generic else ""
+
+
+def generic_mark(result: Score | Ranking | Generation) -> dict[str, bool]:
+    """What a JSON object says of a result that a generic model gave; of others nothing."""
+    return {"generic": True} if result.generic else {}
+
+
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Right-aligned columns, the first one left-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -39,6 +49,7 @@ class Score:
         ranks: int64 ``[n]``, 1 for the model's first choice; None unless asked for.
         entropies: float32 ``[n]``, entropy in nats of the distribution at each token; None unless asked for.
         truncated: how many tokens were cut from the text to fit the model (0: none).
+        generic: the model's own code computed it (:mod:`mlmfast.generic`), not mlmfast's kernels.
     """
 
     text: str
@@ -50,6 +61,7 @@ class Score:
     ranks: np.ndarray | None = None
     entropies: np.ndarray | None = None
     truncated: int = 0
+    generic: bool = False
 
     @property
     def total(self) -> float:
@@ -80,7 +92,7 @@ class Score:
     def __repr__(self) -> str:
         return (
             f"Score({_excerpt(self.text)}, total={self.total:.4f}, tokens={len(self)}, "
-            f"perplexity={self.perplexity:.4g}, metric={self.metric!r})"
+            f"perplexity={self.perplexity:.4g}, metric={self.metric!r}{_mark(self.generic)})"
         )
 
     def __str__(self) -> str:
@@ -108,6 +120,7 @@ class Ranking:
             number of tokens or lowered by the unconditional PLL where ``normalize`` asks for it.
         normalize: None, ``"tokens"`` or ``"unconditional"``.
         cache: ``"none"``: exact; ``"prefix"``: approximate.
+        generic: the model's own code computed it (:mod:`mlmfast.generic`), not mlmfast's kernels.
     """
 
     prompt: str
@@ -116,6 +129,7 @@ class Ranking:
     values: np.ndarray
     normalize: str | None = None
     cache: str = "none"
+    generic: bool = False
 
     @property
     def order(self) -> list[int]:
@@ -138,7 +152,8 @@ class Ranking:
 
     def __repr__(self) -> str:
         approximate = "" if self.cache == "none" else f", cache={self.cache!r} (approximate)"
-        return f"Ranking({_excerpt(self.prompt)}, best={self.best!r}, options={len(self)}{approximate})"
+        mark = _mark(self.generic)
+        return f"Ranking({_excerpt(self.prompt)}, best={self.best!r}, options={len(self)}{approximate}{mark})"
 
     def __str__(self) -> str:
         shares = self.probabilities
@@ -160,6 +175,7 @@ class Distribution:
         candidate_ids: int64 ``[n, k]``, most probable first; None for a whole distribution.
         candidates: the same as pieces, ``n`` lists of ``k``; None for a whole distribution.
         logprobs: float32 ``[n, k]``; ``[n, vocabulary]`` by token id for a whole distribution.
+        generic: the model's own code computed it (:mod:`mlmfast.generic`), not mlmfast's kernels.
     """
 
     text: str
@@ -168,12 +184,14 @@ class Distribution:
     candidate_ids: np.ndarray | None
     candidates: list[list[str]] | None
     logprobs: np.ndarray
+    generic: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __repr__(self) -> str:
-        return f"Distribution({_excerpt(self.text)}, tokens={len(self)}, width={self.logprobs.shape[1]})"
+        width = self.logprobs.shape[1]
+        return f"Distribution({_excerpt(self.text)}, tokens={len(self)}, width={width}{_mark(self.generic)})"
 
     def __str__(self) -> str:
         if self.candidates is None:
@@ -196,6 +214,7 @@ class Fill:
         tokens: the same as pieces.
         words: the same decoded, as a reader would write them.
         logprobs: float32 ``[k]`` in nats.
+        generic: the model's own code computed it (:mod:`mlmfast.generic`), not mlmfast's kernels.
     """
 
     text: str
@@ -204,12 +223,13 @@ class Fill:
     tokens: list[str]
     words: list[str]
     logprobs: np.ndarray
+    generic: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __repr__(self) -> str:
-        return f"Fill({_excerpt(self.text)}, position={self.position}, best={self.words[0]!r})"
+        return f"Fill({_excerpt(self.text)}, position={self.position}, best={self.words[0]!r}{_mark(self.generic)})"
 
     def __str__(self) -> str:
         rows = [[word, f"{p:.4f}", f"{math.exp(p):.1%}"] for word, p in zip(self.words, self.logprobs)]
@@ -232,6 +252,7 @@ class Generation:
         passes: passes through the model that this took; drafts make them fewer than the tokens.
         score: what beams were compared by, the total over the length to the power of ``length_penalty``; else None.
         cache: ``"none"``: exact; ``"window"``: approximate.
+        generic: the model's own code computed it (:mod:`mlmfast.generic`), not mlmfast's kernels.
     """
 
     prompt: str
@@ -243,6 +264,7 @@ class Generation:
     passes: int
     score: float | None = None
     cache: str = "none"
+    generic: bool = False
 
     @property
     def total(self) -> float:
@@ -261,7 +283,7 @@ class Generation:
         approximate = "" if self.cache == "none" else f", cache={self.cache!r} (approximate)"
         return (
             f"Generation({_excerpt(self.prompt)} -> {_excerpt(self.text)}, tokens={len(self)}, "
-            f"stopped={self.stopped!r}, total={self.total:.4f}{approximate})"
+            f"stopped={self.stopped!r}, total={self.total:.4f}{approximate}{_mark(self.generic)})"
         )
 
     def __str__(self) -> str:

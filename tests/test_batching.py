@@ -17,6 +17,7 @@ from truth import assert_near
 
 import mlmfast
 from mlmfast import encoder, execution
+from mlmfast.architectures import spec
 from mlmfast.masking import METRICS, MaskPlan
 from mlmfast.model import MaskedLM
 from mlmfast.packing import PackedBatch, pack
@@ -213,13 +214,13 @@ def test_a_single_copy_that_does_not_fit_is_an_error(lms: dict[str, MaskedLM], m
 def test_batches_are_read_together(lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     lm, sizes = lms["deberta"], []
     wanted = scored(lm, POOL, "original", None, 3000)
-    true_op = execution.vocab_logprob
+    true_op = spec.vocab_logprob
 
     def watched(hidden: Tensor, *rest: Any) -> Any:
         sizes.append(len(hidden))
         return true_op(hidden, *rest)
 
-    monkeypatch.setattr(execution, "vocab_logprob", watched)
+    monkeypatch.setattr(spec, "vocab_logprob", watched)
     monkeypatch.setattr(execution, "READ_ROWS", rows)
     for got, want in zip(scored(lm, POOL, "original", None, 60), wanted):
         assert_near(got, want, 1e-5)
@@ -234,7 +235,7 @@ def test_a_reading_that_does_not_fit_is_halved(
 ) -> None:
     lm, sizes = lms["deberta"], []
     wanted = scored(lm, POOL, "original", None, 3000)
-    true_op = execution.vocab_logprob
+    true_op = spec.vocab_logprob
 
     def small_memory(hidden: Tensor, *rest: Any) -> Any:
         sizes.append(len(hidden))
@@ -242,7 +243,7 @@ def test_a_reading_that_does_not_fit_is_halved(
             raise failure("out of memory")
         return true_op(hidden, *rest)
 
-    monkeypatch.setattr(execution, "vocab_logprob", small_memory)
+    monkeypatch.setattr(spec, "vocab_logprob", small_memory)
     for got, want in zip(scored(lm, POOL, "original", None, budget), wanted):
         assert_near(got, want, 1e-5)
     assert max(sizes) > 20

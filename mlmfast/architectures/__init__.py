@@ -50,7 +50,8 @@ def family_module(model_type: str | None, name: str) -> ModuleType:
     """
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{name}: model type {model_type!r} is not supported; known are {', '.join(sorted(FAMILIES))}"
+            f"{name}: model type {model_type!r} is not supported; known are {', '.join(sorted(FAMILIES))} "
+            "and, by their own code, the other masked language models of transformers (mlmfast doctor lists them)"
         )
     return importlib.import_module(f"mlmfast.architectures.{FAMILIES[model_type]}")
 

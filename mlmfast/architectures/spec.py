@@ -17,6 +17,10 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mlmfast.errors import UnsupportedModelError
+from mlmfast.ops.vocab_logprob import vocab_logprob
+from mlmfast.ops.vocab_rows import vocab_rows
+from mlmfast.ops.vocab_topk import vocab_topk
+from mlmfast.reference import accumulation
 
 
 def _plain(module: Any, kind: type[nn.Module]) -> None:
@@ -193,6 +197,35 @@ class Head:
     vocabulary: Tensor
     bias: Tensor | None
 
+    @property
+    def vocab_size(self) -> int:
+        """``V``."""
+        return len(self.vocabulary)
+
+    def vocab_logprob(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        target_rows: Tensor,
+        temperature: float = 1.0,
+        ranks: bool = False,
+        entropies: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The op over this vocabulary, as the two that follow."""
+        return vocab_logprob(hidden, self.vocabulary, self.bias, targets, target_rows, temperature, ranks, entropies)
+
+    def vocab_topk(self, hidden: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        return vocab_topk(hidden, self.vocabulary, self.bias, k, temperature)
+
+    def vocab_rows(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        return vocab_rows(hidden, self.vocabulary, self.bias, temperature)
+
+    def first_logits(self, hidden: Tensor) -> Tensor:
+        """Token 0's logit at each row, ``[R]``: what turns log-probabilities back into logits."""
+        wide = accumulation(hidden.dtype)
+        first = hidden.to(wide) @ self.vocabulary[0].to(wide)
+        return first if self.bias is None else first + self.bias[0].to(wide)
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -238,6 +271,16 @@ class EncoderSpec:
             following = (layer.feed_forward_norm, self.final_norm if last else self.layers[index + 1].attention_norm)
         assert following[0] is not None and following[1] is not None
         return following[0], following[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table: token ids that can be read."""
+        return len(self.embedding.words)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.embedding.words.dtype
 
 
 def _note_fused_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:

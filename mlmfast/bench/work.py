@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from mlmfast.architectures.spec import EncoderSpec, Linear
 from mlmfast.bench.timing import device_seconds
+from mlmfast.generic import Spec
 from mlmfast.packing import PackedBatch
 
 # Square products and the shapes of base models' linears: [rows, in, out].
@@ -25,7 +26,7 @@ COPY_BYTES = 2 << 30
 CPU_COPY_BYTES = 256 << 20
 
 
-def useful_flops(spec: EncoderSpec, batches: Sequence[PackedBatch]) -> int:
+def useful_flops(spec: Spec, batches: Sequence[PackedBatch]) -> int:
     """Operations of the matrix products that cannot be left out, 2 a multiply-add.
 
     Counted: every row of every distinct copy through all layers but the last; of the last, keys and values of every
@@ -36,6 +37,7 @@ def useful_flops(spec: EncoderSpec, batches: Sequence[PackedBatch]) -> int:
     Not counted: padding, position tables (projected once at load), norms, softmax, activations, look-ups. Counted
     although a cleverer program could share it between copies: the first layer's products of rows not masked.
     """
+    assert isinstance(spec, EncoderSpec)  # what is benchmarked are families' shapes
     total = 0
     for batch in batches:
         rows, scored = batch.tokens, len(batch.scored_rows)
@@ -119,8 +121,9 @@ def _distinct(rows: np.ndarray) -> int:
     return len(rows) + int((ordered[:, 1:] != ordered[:, :-1]).sum())
 
 
-def weight_bytes(spec: EncoderSpec) -> int:
+def weight_bytes(spec: Spec) -> int:
     """Bytes of weights that a pass of however few rows reads: every layer's products, the head's, the vocabulary."""
+    assert isinstance(spec, EncoderSpec)
     products = [spec.head.dense.weight, spec.head.vocabulary]
     for layer in spec.layers:
         products += [x.weight for x in (layer.query, layer.key, layer.value, layer.output, layer.up, layer.down)]
