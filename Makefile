@@ -40,10 +40,10 @@ demo: $(VENV)/.installed
 	@$(PY) examples/demo.py
 
 test: $(VENV)/.installed-test
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n auto
 
 test-all: $(VENV)/.installed-test
-	@$(PY) -m pytest -q --slow
+	@$(PY) -m pytest -q -n auto --slow
 
 lint: $(VENV)/.installed-lint
 	$(PY) -m ruff check $(LINTED)
