@@ -255,7 +255,7 @@ def apply_layer(
     cu_keys, max_keys = batch.keys()
     bounds = (queries.cu_seqlens, cu_keys, queries.max_seqlen, max_keys, queries.positions, spec.scale)
     if spec.buckets is None:
-        mixed = attention(q, k, v, *bounds, layer.local_window)
+        mixed = attention(q, k, v, *bounds, layer.local_window, spec.distance_bias)
     else:
         mixed = disentangled_attention(q, k, v, layer.pos_key, layer.pos_query, spec.buckets, *bounds)
     after_attention, after_feed_forward = spec.norms(index)
