@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -93,12 +93,13 @@ class Draw:
 def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[OpCase]:
     """The shapes of every op, those that a pass spends most on first."""
     for length in lengths:
-        yield _attention(sizes, length, disentangled=True)
+        yield _attention(sizes, length, "disentangled")
     yield from _linears(sizes)
     for length in lengths:
         yield _vocabulary(sizes, length)
     for length in lengths:
-        yield _attention(sizes, length, disentangled=False)
+        yield _attention(sizes, length)
+        yield _attention(sizes, length, "distance bias")
     yield _norm(sizes, "add_layer_norm")
     yield _norm(sizes, "pre_norm")
     yield _masked_embedding(sizes)
@@ -107,7 +108,8 @@ def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[OpCase]:
         yield _vocabulary(sizes, length, sizes.top_k)
 
 
-def _attention(sizes: Sizes, length: int, disentangled: bool) -> OpCase:
+def _attention(sizes: Sizes, length: int, positions: Literal["disentangled", "distance bias"] | None = None) -> OpCase:
+    disentangled = positions == "disentangled"
     copies, head = max(1, sizes.rows // length), sizes.width // sizes.heads
     places = torch.arange(-sizes.span, sizes.span + 1)
     rows = make_log_bucket_position(places, sizes.buckets, sizes.span).long() + sizes.buckets
@@ -117,6 +119,9 @@ def _attention(sizes: Sizes, length: int, disentangled: bool) -> OpCase:
         q, k, v = (draw(copies * length, sizes.heads, head) for _ in range(3))
         cu_seqlens = draw.bounds(copies, length)
         shared = (cu_seqlens, cu_seqlens, length, length, None)
+        if positions == "distance bias":
+            bias = draw(sizes.heads, len(buckets)).float()
+            return q, k, v, *shared, 1 / math.sqrt(head), -1, bias
         if not disentangled:
             return q, k, v, *shared, 1 / math.sqrt(head)
         pos_key, pos_query = (draw(2 * sizes.buckets, sizes.heads, head) for _ in range(2))
@@ -124,7 +129,8 @@ def _attention(sizes: Sizes, length: int, disentangled: bool) -> OpCase:
 
     dots = attention_dots(np.arange(length), length, buckets.numpy() if disentangled else None)
     op = "disentangled_attention" if disentangled else "attention"
-    return OpCase(op, f"{copies} copies of {length}", make, 2 * sizes.width * dots * copies)
+    name = f"{copies} copies of {length}" + (f", {positions}" if positions == "distance bias" else "")
+    return OpCase(op, name, make, 2 * sizes.width * dots * copies)
 
 
 def _linears(sizes: Sizes) -> Iterator[OpCase]:

@@ -196,6 +196,12 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Any]]]:
             yield "attention", f"D={width}, L={length}", partial(plain, rows, rows, rows, *every)
             yield "attention", f"D={width}, L={length}, few queries", partial(plain, some, rows, rows, *few)
             yield "attention", f"D={width}, L={length}, local", partial(plain, rows, rows, rows, *every, 128)
+            biased = {"distance_bias": numbers(heads, 257, dtype=torch.float32)}
+            call = partial(plain, rows, rows, rows, *every, **biased)
+            yield "attention", f"D={width}, L={length}, distance bias", call
+            yield "attention", f"D={width}, L={length}, distance bias, local", partial(call, 128)
+            call = partial(plain, some, rows, rows, *few, **biased)
+            yield "attention", f"D={width}, L={length}, distance bias, few queries", call
             # Tables of 512 rows: at 512 tokens slots are table rows, below they are distances.
             terms = (floats(512, heads, width), floats(512, heads, width), numbers(1023, dtype=torch.int32))
             yield "disentangled_attention", f"D={width}, L={length}", partial(banded, rows, rows, rows, *terms, *every)

@@ -148,6 +148,14 @@ def usual_banded_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
     return tiles | {"num_warps": 8 if tiles["BLOCK_M"] * max(tiles["BLOCK_N"], width) >= 32 * 128 else 4}
 
 
+def usual_biased_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Launch:
+    """With one row of numbers for all queries; by what spills on no GPU, and a band's tiles of few keys do."""
+    if dtype == torch.float32:
+        return usual_launch(dtype, width, queries, keys)
+    tiles = usual_banded_launch(dtype, width, queries, keys)
+    return tiles if tiles["BLOCK_M"] == 16 else tiles | {"BLOCK_N": max(16, min(64, keys))}
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -168,17 +176,20 @@ def attend(
 
     Args:
         q_terms, k_terms: ``[H, Tq, S]`` and ``[H, Tk, S]``: what is added to a scaled score, in powers of 2, by the
-            slot of its distance; None for nothing.
+            slot of its distance; None for nothing. Rows may be one and the same, 0 numbers apart.
         slots: int32 ``[2 N + 1]``, the slot of each distance from ``-N`` to ``N``, farther ones being those; None where
             the slot of distance ``x`` is ``x + max_seqlen_k - 1``.
     """
     heads, width = q.shape[1:]
     sequences = len(cu_seqlens_q) - 1
-    banded = q_terms is not None or k_terms is not None
-    name, usual = ("disentangled_attention", usual_banded_launch) if banded else ("attention", usual_launch)
+    terms = k_terms if q_terms is None else q_terms
+    name, usual = "attention", usual_launch
+    if terms is not None:
+        name, usual = "disentangled_attention", usual_banded_launch
+        if terms.stride(1) == 0:
+            name, usual = "biased_attention", usual_biased_launch
     tiles = launch(name, q.device, usual, q.dtype, block_width(width), max_seqlen_q, max_seqlen_k)
     blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
-    terms = k_terms if q_terms is None else q_terms
     with on_device_of(q):
         attention_kernel[(sequences * blocks, heads)](
             q,
@@ -224,9 +235,22 @@ def attention(
     q_positions: Tensor | None,
     scale: float,
     local_window: int = -1,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
+        terms = None if distance_bias is None else by_distance(distance_bias, max_seqlen_k, len(q))
         bounds = (whole(cu_seqlens_q), whole(cu_seqlens_k), max_seqlen_q, max_seqlen_k, whole(q_positions))
-        attend(whole(q), whole(k), whole(v), out, *bounds, scale, local_window)
+        attend(whole(q), whole(k), whole(v), out, *bounds, scale, local_window, q_terms=terms)
     return out
+
+
+def by_distance(bias: Tensor, longest: int, queries: int) -> Tensor:
+    """A ``distance_bias [H, 2 N + 1]`` as terms ``[H, Tq, S]`` of queries that all have the same row.
+
+    A slot a distance that sequences of up to ``longest`` keys have, so that the kernel looks up no slots.
+    """
+    reach = bias.shape[1] // 2
+    distances = torch.arange(1 - longest, longest, device=bias.device)
+    terms = (bias * LOG2_E)[:, distances.clamp(-reach, reach) + reach]  # [H, S]
+    return terms[:, None].expand(-1, queries, -1)

@@ -185,6 +185,8 @@ def test_attention(served: Callable[..., str], queries: int, most: int, width: i
     positions = torch.arange(queries) if places else None
     assert served("attention", q, k, k, *cu, most, 50, positions, 0.1) == backend
     assert served("attention", q, k, k, *cu, most, 50, positions, 0.1, 64) == backend
+    bias = torch.zeros(2, 9)
+    assert served("attention", q, k, k, *cu, most, 50, positions, 0.1, -1, bias) == "triton"
     crooked = randn(50, 2, width + 1).to(HALF)[..., :width]
     assert served("attention", q, k, crooked, *cu, most, 50, positions, 0.1) == "triton"
 

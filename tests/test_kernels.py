@@ -142,6 +142,8 @@ for length, copies in ((33, 1), (48, 16), (63, 31), (64, 128)):
     with resources.recording() as launches:
         resources.op("disentangled_attention")(rows, rows, rows, *tables, bounds, bounds, length, length, None, 0.1)
         resources.op("attention")(rows, rows, rows, bounds, bounds, length, length, None, 0.1, length)
+        bias = floats(12, 257)
+        resources.op("attention")(rows, rows, rows, bounds, bounds, length, length, None, 0.1, -1, bias)
         resources.op("add_layer_norm")(wide, wide, vector, vector, vector, 1e-7)
         resources.op("pre_norm")(wide, wide, vector, vector, vector, 1e-7)
         resources.op("linear")(wide, floats(3072, 768), floats(3072), "gelu")

@@ -1,12 +1,28 @@
 // attention: checks its arguments, cuts the work into items of one sequence and head, and hands them to torch's threads.
 #include "attention.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace mlmfast {
 
 // Keys and values are packed once an item, so an item has many queries; one long sequence still makes several.
 constexpr int64_t QUERIES = 256;
+
+void reach(const char* op, Attention& a, int64_t max_seqlen_k, const Tensor& q,
+           const std::optional<Tensor>& q_positions) {
+  STD_TORCH_CHECK(max_seqlen_k > 0, op, ": max_seqlen_k must be positive");
+  a.longest = max_seqlen_k;
+  a.nearest = 1 - max_seqlen_k, a.farthest = max_seqlen_k - 1;
+  STD_TORCH_CHECK(!q_positions || q_positions->size(0) == q.size(0), op, ": q_positions must have a place a query");
+  if (q_positions) {  // a few places, of a long sequence's end perhaps
+    check_ints(op, "q_positions", *q_positions, ScalarType::Long);
+    const int64_t* place = q_positions->const_data_ptr<int64_t>();
+    const auto [least, greatest] = std::minmax_element(place, place + q_positions->size(0));
+    STD_TORCH_CHECK(*least >= 0 && *greatest < max_seqlen_k, op, ": q_positions leaves its sequence");
+    a.nearest = *least - (max_seqlen_k - 1), a.farthest = *greatest;
+  }
+}
 
 void attend(const char* op, const Kernels& use, Attention a, const Tensor& q, const Tensor& k, const Tensor& v,
             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const std::optional<Tensor>& q_positions,
@@ -66,13 +82,30 @@ void attend(const char* op, const Kernels& use, Attention a, const Tensor& q, co
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                 const Tensor& cu_seqlens_k, const std::optional<Tensor>& q_positions, double scale,
-                 int64_t local_window) {
+                 const Tensor& cu_seqlens_k, int64_t max_seqlen_k, const std::optional<Tensor>& q_positions,
+                 double scale, int64_t local_window, const std::optional<Tensor>& distance_bias) {
+  const char* op = "attention";
   Attention a{};
   a.scale = static_cast<float>(scale);
   a.window = local_window < 0 ? -1 : local_window;
   Tensor out = torch::stable::new_empty(q, q.sizes());
-  attend("attention", kernels(), a, q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, out);
+  std::vector<float> falling;
+  if (distance_bias && q.size(0) > 0) {
+    STD_TORCH_CHECK(distance_bias->scalar_type() == ScalarType::Float, op, ": distance_bias must be float32");
+    STD_TORCH_CHECK(q.dim() == 3 && distance_bias->dim() == 2 && distance_bias->size(0) == q.size(1) &&
+                        distance_bias->size(1) % 2 == 1 && distance_bias->is_contiguous(),
+                    op, ": distance_bias must be contiguous [heads, distances], reaching as far to both sides");
+    reach(op, a, max_seqlen_k, q, q_positions);
+    const float* bias = distance_bias->const_data_ptr<float>();
+    a.bias_head = a.farthest - a.nearest + 1 + 15;  // whole vectors are read
+    falling.resize(distance_bias->size(0) * a.bias_head);
+    for (int64_t head = 0; head < distance_bias->size(0); ++head)
+      for (int64_t d = a.farthest; d >= a.nearest; --d)
+        falling[head * a.bias_head + a.farthest - d] =
+            bias[head * distance_bias->size(1) + clamped(d, distance_bias->size(1) / 2)];
+    a.falling_bias = falling.data();
+  }
+  attend(op, kernels(), a, q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, out);
   return out;
 }
 
@@ -80,8 +113,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mlmfast_cpu, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? q_positions, "
-      "float scale, int local_window) -> Tensor");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_k, "
+      "Tensor? q_positions, float scale, int local_window, Tensor? distance_bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mlmfast_cpu, CPU, m) { m.impl("attention", TORCH_BOX(&mlmfast::attention)); }

@@ -78,11 +78,11 @@ inline Int lanes() {
   return i;
 }
 
-// Softmax without its division: weights = e^(x - max x) of x = (scores + extra) * scale inside [from, to), 0 elsewhere
-// up to `whole`, a multiple of 16. Returns the sum of the weights.
+// Softmax without its division: weights = e^(x - max x) of x = (scores + extra) * scale + bias inside [from, to), 0
+// elsewhere up to `whole`, a multiple of 16. Returns the sum of the weights. What is null is 0.
 template <class E>
-inline float exponentials(float* scores, const float* extra, float scale, int64_t from, int64_t to, int64_t whole,
-                          E* weights) {
+inline float exponentials(float* scores, const float* extra, float scale, const float* bias, int64_t from, int64_t to,
+                          int64_t whole, E* weights) {
   const Vec factor = all(scale), nothing = all(-__builtin_inff());
   Vec most = nothing;
   const int64_t inner = from ? 0 : to / W * W;  // whole vectors of what is attended
@@ -91,15 +91,18 @@ inline float exponentials(float* scores, const float* extra, float scale, int64_
     Vec x = load(scores + j);
     if (extra) x += load(extra + j);
     x *= factor;
+    if (bias) x += load(bias + j);
     store(scores + j, x);
     most = larger(most, x);
   }
   for (; j < whole; j += W) {
     Vec x = load(scores + j);
     if (extra) x += load(extra + j);
+    x *= factor;
+    if (bias) x += load(bias + j);
     Int place = lanes() + static_cast<int32_t>(j);
     Int attended = (place >= static_cast<int32_t>(from)) & (place < static_cast<int32_t>(to));
-    x = choose(attended, x * factor, nothing);
+    x = choose(attended, x, nothing);
     store(scores + j, x);
     most = larger(most, x);
   }
@@ -209,8 +212,11 @@ void attention_item(const mlmfast::Attention& a, const mlmfast::AttentionItem& i
           from = place[i] - a.window > low ? place[i] - a.window - low : 0;
           to = place[i] + a.window + 1 < high ? place[i] + a.window + 1 - low : to;
         }
+        // Like the columns of a table in falling order: a step to the next key is a step to the next number.
+        const float* bias =
+            a.falling_bias ? a.falling_bias + item.head * a.bias_head + (falling - place[i] + low) : nullptr;
         E* weights = s.weights + i * s.stride;
-        sums[i] = exponentials(s.scores + i * s.stride, extra, a.scale, from, to, span, weights);
+        sums[i] = exponentials(s.scores + i * s.stride, extra, a.scale, bias, from, to, span, weights);
         for (int64_t j = span; j < deep; ++j) weights[j] = E{};
       }
     }

@@ -1,7 +1,6 @@
 // disentangled_attention: the rows of the position tables that a batch can reach, packed once; then attention.
 #include "attention.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -48,27 +47,16 @@ Tensor disentangled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   STD_TORCH_CHECK(q.dim() == 3 && q.size(2) <= WIDEST, op, ": heads are at most ", WIDEST, " wide");
   Tensor out = torch::stable::new_empty(q, q.sizes());
   if (q.size(0) == 0) return out;
-  STD_TORCH_CHECK(max_seqlen_k > 0, op, ": max_seqlen_k must be positive");
   const Kernels& use = kernels();  // once: the panels are of these
   Attention a{};
   a.scale = static_cast<float>(scale);
   a.window = -1;
-  a.longest = max_seqlen_k;
-  a.nearest = 1 - max_seqlen_k, a.farthest = max_seqlen_k - 1;
-  STD_TORCH_CHECK(!q_positions || q_positions->size(0) == q.size(0), op, ": q_positions must have a place a query");
-  if (q_positions) {  // a few places, of a long sequence's end perhaps
-    check_ints(op, "q_positions", *q_positions, ScalarType::Long);
-    const int64_t* place = q_positions->const_data_ptr<int64_t>();
-    const auto [least, greatest] = std::minmax_element(place, place + q_positions->size(0));
-    STD_TORCH_CHECK(*least >= 0 && *greatest < max_seqlen_k, op, ": q_positions leaves its sequence");
-    a.nearest = *least - (max_seqlen_k - 1), a.farthest = *greatest;
-  }
+  reach(op, a, max_seqlen_k, q, q_positions);
 
-  const int64_t reach = buckets.size(0) / 2;
+  const int64_t longest = buckets.size(0) / 2;
   const int32_t* bucket = buckets.const_data_ptr<int32_t>();
   std::vector<int32_t> rising;  // table rows of the distances nearest .. farthest
-  for (int64_t d = a.nearest; d <= a.farthest; ++d)
-    rising.push_back(bucket[(d < -reach ? -reach : d > reach ? reach : d) + reach]);
+  for (int64_t d = a.nearest; d <= a.farthest; ++d) rising.push_back(bucket[clamped(d, longest)]);
   const std::vector<int32_t> falling(rising.rbegin(), rising.rend());
   Panels key_panels, query_panels;
   if (pos_key) key_panels = pack(use, *pos_key, q, falling);

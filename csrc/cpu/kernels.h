@@ -20,8 +20,12 @@ struct Attention {
   int64_t window;                       // -1: none
   // Position tables of every head as panels, made by pack_table; null without that term.
   const void *key_panels, *query_panels;
+  // What is added to each head's scaled scores by distance, from `farthest` down to `nearest` and then at least 15 numbers
+  // that are read and not used; or null.
+  const float* falling_bias;
+  int64_t bias_head;                    // numbers from one head to the next
   int64_t longest;                      // most keys of a sequence
-  int64_t nearest, farthest;            // smallest and greatest distance that the tables reach
+  int64_t nearest, farthest;            // smallest and greatest distance that the tables and the bias reach
 };
 
 // Queries [first, last) of a sequence in one head.

@@ -10,7 +10,7 @@
 namespace mlmfast {
 
 // What the Python side must find; raised with every change of an op's schema. Older binaries may lie about in checkouts.
-constexpr int64_t VERSION = 5;
+constexpr int64_t VERSION = 6;
 
 int64_t version() { return VERSION; }
 

@@ -14,7 +14,7 @@ from mlmfast import machine
 WITHOUT_EXTENSION = frozenset({"linear"})
 
 # The csrc/cpu/library.cpp that this Python goes with.
-VERSION = 5
+VERSION = 6
 
 # An earlier attempt may have left a wheel without the extension in pip's cache.
 REMEDY = (

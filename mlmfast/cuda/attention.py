@@ -12,7 +12,7 @@ from mlmfast.kernels.attention import attention as triton_attention
 # What else than op and dtype decides, for doctor.
 LIMITS = (
     f"up to {FEW_ROWS} queries, {FEW_QUERIES} of a sequence, heads {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} "
-    "wide on 16-byte bounds; others go to triton"
+    "wide on 16-byte bounds, without a distance bias; others go to triton"
 )
 
 
@@ -27,12 +27,12 @@ def attention(
     q_positions: Tensor | None,
     scale: float,
     local_window: int = -1,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     few = 0 < len(q) <= FEW_ROWS and max_seqlen_q <= FEW_QUERIES
-    if not (few and q.shape[2] in WIDTHS and all(aligned(x) for x in (q, k, v))):
-        return triton_attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q_positions, scale, local_window
-        )
+    if not (few and distance_bias is None and q.shape[2] in WIDTHS and all(aligned(x) for x in (q, k, v))):
+        bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return triton_attention(q, k, v, *bounds, q_positions, scale, local_window, distance_bias)
     places = None if q_positions is None else q_positions.contiguous()
-    bounds = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-    return torch.ops.mlmfast_cuda.attention(q, k, v, *bounds, places, scale, local_window)
+    cu_seqlens = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    return torch.ops.mlmfast_cuda.attention(q, k, v, *cu_seqlens, places, scale, local_window)

@@ -18,8 +18,12 @@ def attention(
     q_positions: Tensor | None,
     scale: float,
     local_window: int = -1,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(q @ k.T * scale) @ v`` within each sequence and head.
+    """``softmax(q @ k.T * scale + bias) @ v`` within each sequence and head.
+
+    ``bias = distance_bias[head, clamp(query place - key place, -N, N) + N]``: what bucketed relative biases become
+    (Raffel et al. 2020, arXiv 1910.10683, section 2.1), a bucket's number at each of its distances.
 
     Args:
         q: ``[Tq, H, D]``.
@@ -31,12 +35,26 @@ def attention(
             same rows.
         scale: factor on the products.
         local_window: greatest distance from query to key that is attended; -1 for every one.
+        distance_bias: float32 (float64 for a float64 ``q``) ``[H, 2 N + 1]``, contiguous: what each head adds to a
+            scaled score by its distance; farther ones share the end columns. None for 0.
 
     Returns:
         ``[Tq, H, D]`` in the dtype of ``q``.
     """
     serve = backends.implementation("attention", q)
-    return serve(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q_positions, scale, local_window)
+    return serve(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        q_positions,
+        scale,
+        local_window,
+        distance_bias,
+    )
 
 
 @attention.register_fake

@@ -24,12 +24,18 @@ def attention(
     q_positions: Tensor | None,
     scale: float,
     local_window: int = -1,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     def bias(q: Tensor, k: Tensor, distances: Tensor) -> Tensor | None:
-        if local_window < 0:
+        if distance_bias is None and local_window < 0:
             return None
-        far = distances.abs() > local_window  # [n, Lq, Lk]
-        return torch.zeros_like(far, dtype=q.dtype).masked_fill(far, -torch.inf)[:, None]
+        if distance_bias is None:
+            added = q.new_zeros(())
+        else:
+            longest = distance_bias.shape[1] // 2
+            columns = distances.clamp(-longest, longest) + longest  # [n, Lq, Lk]
+            added = distance_bias.to(q.dtype)[:, columns].transpose(0, 1)  # [n, H, Lq, Lk]
+        return added if local_window < 0 else added.where((distances.abs() <= local_window)[:, None], -torch.inf)
 
     return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, q_positions, scale, bias)
 

@@ -1,4 +1,4 @@
-"""attention: packed, bidirectional, all rows or a few as queries, with and without a local window."""
+"""attention: packed, bidirectional, all rows or a few as queries, with a local window, a distance bias, or neither."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from op_cases import (
 from torch import Tensor
 
 from mlmfast.ops.attention import attention
+from mlmfast.reference import accumulation
 from mlmfast.reference import attention as reference_module
 
 
@@ -36,6 +37,7 @@ def plain(
     q_positions: Tensor | None,
     scale: float,
     local_window: int = -1,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """One sequence, head and query after the other."""
     out = torch.zeros_like(q)
@@ -44,7 +46,12 @@ def plain(
         for row in range(int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1])):
             place = row - int(cu_seqlens_q[s]) if q_positions is None else int(q_positions[row])
             seen = [r for j, r in enumerate(keys) if local_window < 0 or abs(place - j) <= local_window]
-            weights = torch.softmax((k[seen] * q[row]).sum(-1) * scale, dim=0)  # [keys, H]
+            scores = (k[seen] * q[row]).sum(-1) * scale  # [keys, H]
+            if distance_bias is not None:
+                longest = distance_bias.shape[1] // 2
+                distances = [max(-longest, min(longest, place - (r - keys[0]))) for r in seen]
+                scores = scores + distance_bias.T[[d + longest for d in distances]]
+            weights = torch.softmax(scores, dim=0)
             out[row] = (weights[:, :, None] * v[seen]).sum(0)
     return out
 
@@ -68,6 +75,18 @@ def arguments(lengths: list[int], heads: int, width: int, few: bool, window: int
     return [q, k, v, bounds(counts), bounds(lengths), max(counts), max(lengths), places, 0.7 * width**-0.5, window]
 
 
+def biased(q: Tensor, *rest: Any) -> Tensor:
+    """The op, given its bias in the dtype that it takes."""
+    return attention(q, *rest[:-1], rest[-1].to(accumulation(q.dtype)))
+
+
+def biased_arguments(
+    lengths: list[int], heads: int, width: int, few: bool, window: int = -1, reach: int = 20
+) -> list[Any]:
+    """The bias of each head and distance is its own, and as strong as the scores."""
+    return [*arguments(lengths, heads, width, few, window), 2 * randn(heads, 2 * reach + 1, seed=4)]
+
+
 @on_every_backend
 @pytest.mark.parametrize("few", [False, True], ids=["all rows", "few queries"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -80,6 +99,35 @@ def test_attention(backend: Backend, dtype: torch.dtype, lengths: list[int], few
 @pytest.mark.parametrize("few", [False, True], ids=["all rows", "few queries"])
 def test_local_window(backend: Backend, dtype: torch.dtype, window: int, few: bool) -> None:
     assert_as_good_as_torch(backend, dtype, attention, plain, arguments([1, 17, 33, 70], 2, 4, few, window))
+
+
+@on_every_backend
+@pytest.mark.parametrize("few", [False, True], ids=["all rows", "few queries"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_distance_bias(backend: Backend, dtype: torch.dtype, lengths: list[int], few: bool) -> None:
+    assert_as_good_as_torch(backend, dtype, biased, plain, biased_arguments(lengths, 3, 8, few))
+
+
+@on_every_backend
+@pytest.mark.parametrize("window", [0, 1, 5, 64])
+@pytest.mark.parametrize("few", [False, True], ids=["all rows", "few queries"])
+def test_distance_bias_in_a_local_window(backend: Backend, dtype: torch.dtype, window: int, few: bool) -> None:
+    assert_as_good_as_torch(backend, dtype, biased, plain, biased_arguments([1, 17, 33, 70], 2, 4, few, window))
+
+
+@on_every_backend_in_float32
+@pytest.mark.parametrize("reach", [0, 1, 15, 68, 69, 70, 300])
+def test_reach_of_a_distance_bias(backend: Backend, reach: int) -> None:
+    """Farther distances share the end columns; a bias may reach farther than any sequence."""
+    assert_as_good_as_torch(backend, torch.float32, biased, plain, biased_arguments([70, 2], 2, 4, False, reach=reach))
+
+
+@on_every_backend_in_float32
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 30.0])
+def test_a_distance_bias_is_added_after_the_scale(backend: Backend, scale: float) -> None:
+    given = biased_arguments([40, 5], 2, 4, False)
+    given[8] = scale
+    assert_as_good_as_torch(backend, torch.float32, biased, plain, given)
 
 
 @on_every_backend_in_float32
@@ -96,6 +144,9 @@ def test_places_in_no_order(backend: Backend, dtype: torch.dtype) -> None:
     given[0] = randn(10, *given[0].shape[1:], seed=8)
     given[3], given[5], given[7] = bounds([8, 2]), 8, places
     assert_as_good_as_torch(backend, dtype, attention, plain, given)
+    for window in (-1, 9):
+        biases = [window, 2 * randn(2, 31, seed=4)]
+        assert_as_good_as_torch(backend, dtype, biased, plain, [*given[:9], *biases])
 
 
 @on_every_backend_in_float32
@@ -116,6 +167,7 @@ def test_more_queries_than_one_thread_takes(backend: Backend, threads: int) -> N
 def test_windows_of_long_sequences(backend: Backend, window: int, few: bool) -> None:
     given = arguments([300, 7, 290], 1, 4, few, window)
     assert_as_good_as_torch(backend, torch.float32, attention, plain, given)
+    assert_as_good_as_torch(backend, torch.float32, biased, plain, [*given, 2 * randn(1, 241, seed=4)])
 
 
 @on_every_backend
@@ -149,14 +201,39 @@ def test_bounds_and_places_are_checked(backend: Backend) -> None:
             attention(*given[:place], value, *given[place + 1 :])
 
 
+@on_every_cpu_path
+def test_a_distance_bias_is_checked(backend: Backend) -> None:
+    *given, bias = moved(biased_arguments([5, 3], 2, 4, True, reach=3), backend, torch.float32)
+    wrong = {
+        "distance_bias must be float32": bias.double(),
+        r"distance_bias must be contiguous \[heads, distances\]": bias[:1],
+        "reaching as far to both sides": bias[:, 1:],
+        r"\[heads, distances\]": bias[0],
+    }
+    for message, value in wrong.items():
+        with serving(backend), pytest.raises(RuntimeError, match=message):
+            attention(*given, value)
+    for place, value, message in (
+        (6, 0, "max_seqlen_k must be positive"),
+        (7, given[7] + 5, "q_positions leaves its sequence"),
+        (7, given[7][:1], "a place a query"),
+    ):
+        with serving(backend), pytest.raises(RuntimeError, match=message):
+            attention(*given[:place], value, *given[place + 1 :], bias)
+    given = moved(biased_arguments([5, 3], 2, 4, False, reach=3), backend, torch.float32)
+    with serving(backend), pytest.raises(RuntimeError, match="a sequence is longer than max_seqlen_k"):
+        attention(*given[:6], 4, *given[7:])
+
+
 @on_every_backend
 def test_no_queries_at_all(backend: Backend, dtype: torch.dtype) -> None:
     q, k, v, _, cu_k, _, longest, _, scale, _ = moved(arguments([3, 4], 2, 4, False), backend, dtype)
     with serving(backend):
         none = torch.zeros(3, dtype=torch.int32, device=backend.device)
         places = torch.zeros(0, dtype=torch.int64, device=backend.device)
-        out = attention(q[:0], k, v, none, cu_k, 0, longest, places, scale)
-    assert out.shape == (0, 2, 4) and out.dtype == dtype
+        for bias in (None, torch.ones(2, 5, dtype=accumulation(dtype), device=backend.device)):
+            out = attention(q[:0], k, v, none, cu_k, 0, longest, places, scale, distance_bias=bias)
+            assert out.shape == (0, 2, 4) and out.dtype == dtype
 
 
 @on_every_backend
@@ -165,6 +242,7 @@ def test_strong_scores_do_not_overflow(backend: Backend, dtype: torch.dtype) -> 
     given[0] = given[0] * 30
     given[1] = given[1] * 30
     assert_as_good_as_torch(backend, dtype, attention, plain, given)
+    assert_as_good_as_torch(backend, dtype, biased, plain, [*given, 300 * randn(2, 9, seed=4)])
 
 
 @on_every_backend_in_float32
@@ -184,11 +262,12 @@ def test_slices_of_one_projection(backend: Backend) -> None:
 def test_registration(backend: Backend, few: bool) -> None:
     check_registration(backend, attention, arguments([4, 1, 6], 2, 4, few))
     check_registration(backend, attention, arguments([4, 1, 6], 2, 4, few, window=2))
+    check_registration(backend, attention, biased_arguments([4, 1, 6], 2, 4, few, window=2, reach=3))
 
 
 def test_the_reference_computes_blocks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bound on the scores held at once splits equal lengths into several blocks, down to one sequence."""
-    given = arguments([6, 6, 6, 6, 2, 2, 2], 2, 4, False)
+    given = biased_arguments([6, 6, 6, 6, 2, 2, 2], 2, 4, False, reach=3)
     whole = reference_module.attention(*given)
     for most in (1, 80, 150):
         monkeypatch.setattr(reference_module, "SCORES", most)
