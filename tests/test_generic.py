@@ -444,6 +444,20 @@ def copy_of(model: Stranger) -> Any:
     return forward
 
 
+def test_what_a_model_keeps_of_a_pass_serves_its_training() -> None:
+    """Tables that are made when they are first needed must be no inference tensors."""
+    model = stranger()
+    kept: list[Tensor] = []
+
+    def scaled(module: nn.Module, given: Any, states: Tensor) -> Tensor:
+        kept[:] = kept or [torch.full((16,), 2.0)]
+        return states * kept[0]
+
+    model.base_model.register_forward_hook(scaled)
+    mlmfast.load(model, bert_pieces()).score([TEXTS[0]])
+    model(torch.tensor([[5, 6]]))[0].sum().backward()
+
+
 @pytest.mark.parametrize(("fault", "reason"), [("random", "run to run"), ("short", "not one row a token")])
 def test_a_stranger_that_cannot_be_scored_is_refused(fault: str, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
