@@ -91,6 +91,7 @@ def load(
         BackendError: ``backend`` is not known or cannot serve here.
     """
     live = not isinstance(model, (str, os.PathLike))
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = load_tokenizer(os.fspath(tokenizer), {"trust_remote_code": False})
     if semantics is None:

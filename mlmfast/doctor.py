@@ -94,7 +94,8 @@ def show(findings: dict[str, Any]) -> None:
     extension = findings["cuda"]
     facts.add_row("cuda extension", Text(extension["missing"] or f"version {extension['version']}"))
     facts.add_row("families", ", ".join(findings["families"]))
-    facts.add_row("generic", f"in transformers' own code, without mlmfast's kernels: {', '.join(findings['generic'])}")
+    told = "in transformers' own code, without mlmfast's kernels, where a probe at load allows it"
+    facts.add_row("generic", f"{told}: {', '.join(findings['generic'])}")
     console.print(facts)
     said = {findings[name]["missing"]: f"see {name} extension" for name in ("cpu", "cuda") if findings[name]["missing"]}
     for device, served in findings["backends"].items():

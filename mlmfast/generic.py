@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from mlmfast.reference import accumulation
 from mlmfast.reference.vocab_rows import row_chunks
 
 FAMILY = "generic"
+# Whose code a family's file stands for.
+LIBRARIES = ("torch.", "transformers.")
 # The probe's sequences: some that are computed together and alone, and one beyond the chunks of 64 tokens below which
 # models that hash (Reformer) do not.
 TOGETHER = (3, 7)
@@ -40,6 +43,9 @@ LONG = 160
 # Differences of logits that are rounding, as a part of the largest: of two dtypes of 16 bits, and of wider ones.
 ROUNDING = {2: 5e-2}
 USUAL_ROUNDING = 3e-5
+
+# Rows that a table of positions may have beyond max_position_embeddings (BART counts from 2).
+SPARE = 4
 
 # One pass at a time: it changes what all threads see, the model's mode and its hook.
 _passing = threading.Lock()
@@ -205,6 +211,8 @@ class OwnCode:
             ) from error
         logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
         wanted = (1, len(rows)) if hooked else tuple(ids.shape)
+        if not hooked and isinstance(logits, Tensor) and logits.dim() == 3:
+            logits = logits[:, : ids.shape[1]]  # a Perceiver gives rows for all the positions that it has
         if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != wanted:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
             raise MLMFastError(f"{self.name}: its logits for {wanted} tokens are {shape}: not one row a token")
@@ -376,24 +384,51 @@ def _text_config(model: Any) -> Any:
 
 
 def max_length(model: Any, base: Any, tokenizer: Any) -> int | None:
-    """Longest sequence that a model holds, special tokens included: by its positions, else by its tokenizer."""
+    """Longest sequence that a model holds, special tokens included: by its table of positions, else by its tokenizer.
+
+    None where positions are relative, whatever the config says of them.
+    """
     holds = getattr(_text_config(model), "max_position_embeddings", None)
     if isinstance(holds, int) and holds > 0:
         for name, module in base.named_modules():
             padding = getattr(module, "padding_idx", None)
             if name.rpartition(".")[2] == "position_embeddings" and padding is not None:
                 return holds - padding - 1  # as RoBERTa, which counts from there
-        return holds
+        tables = (x for name, x in (*base.named_parameters(), *base.named_buffers()) if "pos" in name and x.dim() == 2)
+        return holds if any(holds <= len(table) <= holds + SPARE for table in tables) else None
     told = getattr(tokenizer, "model_max_length", None)
     return int(told) if told is not None and 0 < told < 1 << 30 else None  # transformers' own for "none" is 1e30
 
 
 def architecture_of(model: Any, tokenizer: Any, name: str) -> ModuleType | Generic:
     """What gives the spec of a model: its family's file, where its code is transformers' own, else a Generic."""
-    known = masked_class(model)
-    if known is not None and model.config.model_type in FAMILIES and type(model).forward is known.forward:
-        return family_module(model.config.model_type, name)
+    if model.config.model_type in FAMILIES:
+        other = foreign(model)
+        if other is None:
+            return family_module(model.config.model_type, name)
+        warnings.warn(
+            f"{name}: {other}, so its own code computes it, exactly but without mlmfast's kernels; for their speed "
+            "merge an adapter (PEFT: model.merge_and_unload()), dequantise, take hooks away, or load the checkpoint by "
+            "name",
+            stacklevel=4,  # who called load
+        )
     return Generic(OwnCode(model, name), tokenizer)
+
+
+def foreign(model: Any) -> str | None:
+    """What of a live model its family's file cannot see: code that is not transformers' own. None if there is none."""
+    if masked_class(model) is None:
+        return f"a {type(model).__name__} is none of transformers' own masked models"
+    for name, module in model.named_modules():
+        what = f"{name or 'the model'} ({type(module).__name__})"
+        forward = getattr(module.forward, "_torchdynamo_orig_callable", module.forward)  # torch.compile changes nothing
+        function = getattr(forward, "__func__", forward)
+        if function is not type(module).forward or not function.__module__.startswith(LIBRARIES):
+            return f"{what} has a forward that is not transformers' own"
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not getattr(hook, "__module__", "").startswith("transformers."):  # which records outputs by hooks
+                return f"{what} has a hook"
+    return None
 
 
 def masked_class(model: Any) -> type[Any] | None:
@@ -403,5 +438,5 @@ def masked_class(model: Any) -> type[Any] | None:
 
 
 def generic_types() -> list[str]:
-    """Model types of the installed transformers that load generically, unless their probe refuses them."""
+    """Model types of the installed transformers that load generically, unless the probe at load refuses one."""
     return sorted(set(MODEL_FOR_MASKED_LM_MAPPING_NAMES) - set(FAMILIES))

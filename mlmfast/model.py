@@ -24,10 +24,10 @@ from mlmfast.arguments import (
 )
 from mlmfast.budget import usual_batch_tokens
 from mlmfast.cpu import products
-from mlmfast.errors import BackendError, MLMFastError, RequestError, TextError
+from mlmfast.errors import BackendError, MLMFastError, RequestError, TextError, UnsupportedModelError
 from mlmfast.execution import Reader, compute, head_states, read_best, read_logprobs, read_rows, run
 from mlmfast.generation import Generating, ending, streaming
-from mlmfast.generic import FAMILY, Generic, Spec, architecture_of
+from mlmfast.generic import FAMILY, Generic, Spec, architecture_of, foreign
 from mlmfast.graphs import Graphs
 from mlmfast.masking import OBJECTIVES, MaskPlan, check_metric, make_plan
 from mlmfast.packing import PackedBatch
@@ -138,7 +138,16 @@ class MaskedLM:
         """The model's weights as the encoder reads them, taken from the live modules at every call.
 
         Of a generic model: its own code, and what is known of it.
+
+        Raises:
+            UnsupportedModelError: code that is not transformers' own was put into the model after it was loaded.
         """
+        other = None if self.generic else foreign(self.model)
+        if other is not None:
+            raise UnsupportedModelError(
+                f"{self.name}: {other}, and had not when it was loaded; take it away (merge an adapter, remove a "
+                "hook), or load the model again to have its own code compute it"
+            )
         return self._architecture.build(self.model, self._derived, self._extras, self.semantics)
 
     def score(

@@ -164,6 +164,22 @@ def test_the_last_length_and_one_more(model_type: str) -> None:
         lm.score([text + " a"])
 
 
+def test_a_perceiver_gives_a_row_for_every_position_it_has() -> None:
+    sizes = {"d_model": 32, "num_latents": 8, "d_latents": 32, "max_position_embeddings": HOLDS}
+    lm, model, tokenizer = loaded("perceiver", **sizes)
+    texts = [*TEXTS, long_text(tokenizer, HOLDS)]
+    assert_equals_the_loop(lm, forward_of(model), tokenizer, [(text, None) for text in texts], ["original", "unmasked"])
+    with pytest.raises(TextError, match=f"{HOLDS + 1}.*{HOLDS}"):
+        lm.score([long_text(tokenizer, HOLDS + 1)])
+
+
+def test_rotary_positions_end_nowhere() -> None:
+    lm, model, tokenizer = loaded("eurobert", **(BERT | {"num_key_value_heads": 2, "head_dim": 8}))
+    assert lm.generic and model.config.max_position_embeddings == HOLDS and lm.max_length is None
+    text = long_text(tokenizer, HOLDS + 30)
+    assert_score(lm.score([text], metric="strided")[0], reference_loop(forward_of(model), tokenizer, text, "strided"))
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.parametrize("budget", [1, 40, 4000])
 def test_a_score_does_not_depend_on_its_company(model_type: str, budget: int) -> None:
@@ -355,7 +371,6 @@ def test_a_reformer_that_hashes_at_random_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model_type", "options", "reason"),
     [
-        ("perceiver", {"d_model": 32, "num_latents": 8, "d_latents": 32, "max_position_embeddings": 52}, "a token"),
         ("xmod", ROBERTA | {"languages": ["en"]}, "language"),
         ("nystromformer", {"segment_means_seq_len": 48, "num_landmarks": 8}, "own code fails on"),
         pytest.param("mra", BERT, "do not depend", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
@@ -509,7 +524,8 @@ def test_a_familys_class_with_another_forward_is_generic() -> None:
     tokenizer = bert_pieces()
     config = small_bert(len(tokenizer)).config
     model = perturb(Doubled(config))
-    lm = mlmfast.load(model, tokenizer)
+    with pytest.warns(UserWarning, match="Doubled.*own code computes it"):
+        lm = mlmfast.load(model, tokenizer)
     assert lm.generic
     assert_score(lm.score([TEXTS[0]])[0], reference_loop(forward_of(model), tokenizer, TEXTS[0]))
     assert mlmfast.load(perturb(Same(config)), tokenizer).family == "bert"

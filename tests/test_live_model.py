@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import TEXTS, bert_tokenizer, save, small_bert, small_deberta
+from families import FAMILIES
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
-from truth import assert_near
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerBase
+from truth import assert_near, assert_score, forward_of, reference_loop
 
 import mlmfast
 from mlmfast.architectures.spec import Derived
@@ -41,23 +45,79 @@ class Adapter(nn.Module):
         return self.base(x) + x
 
 
-def test_an_adapter_is_refused_by_name(bert_tokenizer: PreTrainedTokenizerBase) -> None:
-    model = small_bert(len(bert_tokenizer))
-    lm = mlmfast.load(model, bert_tokenizer)
+class Twice(BertModel):
+    def forward(self, *given: Any, **options: Any) -> Any:
+        output = super().forward(*given, **options)
+        output.last_hidden_state = output.last_hidden_state * 2
+        return output
+
+
+def adapted(model: BertForMaskedLM) -> None:
     attention = model.bert.encoder.layer[0].attention.self
     attention.query = Adapter(attention.query)
-    with pytest.raises(UnsupportedModelError, match=r"Adapter.*merge"):
+
+
+def of_another_class(model: BertForMaskedLM) -> None:
+    inner = Twice(model.config, add_pooling_layer=False)
+    inner.load_state_dict(model.bert.state_dict())
+    model.bert = inner.eval()
+
+
+def steered(model: BertForMaskedLM) -> None:
+    model.bert.encoder.layer[1].register_forward_hook(lambda module, given, output: output + 0.5)
+
+
+def replaced(model: BertForMaskedLM) -> None:
+    model.bert.encoder.layer[0].output.LayerNorm.forward = lambda x: x  # as offloading hooks do
+
+
+@pytest.mark.parametrize("change", [adapted, of_another_class, steered, replaced])
+def test_code_that_a_familys_file_does_not_see_is_run_as_it_is(
+    bert_tokenizer: PreTrainedTokenizerBase, change: Callable[[BertForMaskedLM], None]
+) -> None:
+    model = small_bert(len(bert_tokenizer))
+    lm = mlmfast.load(model, bert_tokenizer)
+    before = totals(lm)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match="load the model again"):
         lm.score(TEXTS)
-    with pytest.raises(UnsupportedModelError, match="Adapter"):
-        mlmfast.load(model, bert_tokenizer)
+    with pytest.warns(UserWarning, match="own code computes it.*merge an adapter"):
+        lm = mlmfast.load(model, bert_tokenizer)
+    assert lm.generic
+    assert np.abs(totals(lm) - before).max() > 0.01
+    for text, score in zip(TEXTS, lm.score(TEXTS)):
+        assert_score(score, reference_loop(forward_of(model), bert_tokenizer, text))
 
 
-def test_a_forward_replaced_on_the_instance_is_refused(deberta_tokenizer: PreTrainedTokenizerBase) -> None:
-    model = small_deberta(len(deberta_tokenizer))
-    norm = model.deberta.encoder.layer[0].output.LayerNorm
-    norm.forward = lambda x: x  # as offloading hooks do
-    with pytest.raises(UnsupportedModelError, match="LayerNorm"):
-        mlmfast.load(model, deberta_tokenizer)
+def test_recording_outputs_and_compiling_change_nothing(bert_tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers records hidden states by hooks of its own; torch.compile wraps a model, or its forward."""
+    model = small_bert(len(bert_tokenizer))
+    before = totals(mlmfast.load(model, bert_tokenizer))
+    model(torch.tensor([[2, 7, 3]]), output_hidden_states=True, output_attentions=True)
+    lm = mlmfast.load(torch.compile(model, backend="eager"), bert_tokenizer)
+    assert lm.model is model and lm.family == "bert"
+    model.forward = torch.compile(model.forward, backend="eager")
+    lm = mlmfast.load(model, bert_tokenizer)
+    assert lm.family == "bert"
+    assert_near(totals(lm), before, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["deberta", "esm", "mpnet", "ernie"])
+def test_a_change_of_dtype_and_back_is_noticed(family: str) -> None:
+    """The storage under a parameter is another then, perhaps at the old address, and its version is what it was."""
+    made = FAMILIES[family]
+    tokenizer = made.tokenizer()
+    model = made.small(len(tokenizer), **({"use_task_id": True} if family == "ernie" else {}))
+    lm = mlmfast.load(model, tokenizer)
+    for _ in range(6):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.01)
+        lm.score(TEXTS[:1])
+        model.bfloat16()
+        model.float()
+        for score, fresh in zip(lm.score(TEXTS), mlmfast.load(copy.deepcopy(model), tokenizer).score(TEXTS)):
+            assert_near(score.logprobs, fresh.logprobs, 1e-6)
 
 
 def test_position_tables_follow_replaced_parameters(deberta_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from checkpoints import TEXTS, bert_tokenizer, long_text
+from checkpoints import TEXTS, bert_tokenizer, long_text, save
 from families import FAMILIES
-from transformers import ModernBertForMaskedLM, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, ModernBertForMaskedLM, PreTrainedTokenizerBase
 from truth import ALL_METRICS, assert_score, forward_of, reference_loop
 
 import mlmfast
@@ -36,6 +39,28 @@ def test_local_layers(tokenizer: PreTrainedTokenizerBase, window: int, every: in
     """A window counts both sides: a layer sees half of it to either."""
     model = small(tokenizer, num_hidden_layers=4, local_attention=window, global_attn_every_n_layers=every)
     assert_equals_the_loop(tokenizer, model, [TEXTS[1], long_text(tokenizer, 70)])
+
+
+@pytest.mark.parametrize("scheme", ["absolute", "sans_pos"])
+def test_configs_as_they_are_published(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, scheme: str) -> None:
+    """Before transformers 5: a number for the pattern and two thetas; Ettin's say sans_pos, without absolute ones."""
+    model = small(tokenizer, num_hidden_layers=4)
+    file = save(tmp_path, model, tokenizer) / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("layer_types", "rope_parameters"):
+        del config[name]
+    config |= {"global_attn_every_n_layers": 2, "global_rope_theta": 500.0, "local_rope_theta": 40.0}
+    file.write_text(json.dumps(config | {"position_embedding_type": scheme, "reference_compile": True}))
+    lm, forward = mlmfast.load(tmp_path), forward_of(AutoModelForMaskedLM.from_pretrained(tmp_path))
+    assert [layer.local_window for layer in lm.spec().layers] == [-1, 4, -1, 4]
+    text = long_text(tokenizer, 40)
+    assert_score(lm.score([text])[0], reference_loop(forward, tokenizer, text))
+    assert np.abs(mlmfast.load(model, tokenizer).score([text])[0].logprobs - lm.score([text])[0].logprobs).max() > 0.01
+
+
+def test_frequencies_for_wider_heads_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UnsupportedModelError, match="modernbert.*head_dim of 16 in heads that are 8 wide"):
+        mlmfast.load(small(tokenizer, head_dim=16), tokenizer)
 
 
 @pytest.mark.parametrize("kinds", ["ssss", "ffff", "sffs"])

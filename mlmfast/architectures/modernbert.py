@@ -18,7 +18,8 @@ def build(model: Any, derived: Derived, extras: dict[str, Tensor], semantics: st
     """The spec of a ``ModernBertForMaskedLM``; both semantics are the same."""
     config, encoder = model.config, model.model
     name = config.model_type
-    require_encoder(config)
+    # Some published configs say sans_pos: there are no absolute positions.
+    require_encoder(config, positions=("absolute", "sans_pos"))
     gate = activation(config.hidden_activation, "hidden_activation", name)
     require(gate == "gelu", name, f"hidden_activation={config.hidden_activation!r}, a gate of another kind than GELU,")
     act = activation(config.classifier_activation, "classifier_activation", name)
@@ -40,6 +41,9 @@ def _layer(layer: Any, turning: Any, config: Any) -> Layer:
     require(kind in ("full_attention", "sliding_attention"), config.model_type, f"layer_types with {kind!r}")
     scheme = turning.rope_type.get(kind)
     require(scheme is not None and scheme not in CHANGING, config.model_type, f"rope_type={scheme!r}")
+    frequencies = getattr(turning, f"{kind}_inv_freq")
+    turned, width = 2 * len(frequencies), config.hidden_size // config.num_attention_heads
+    require(turned <= width, config.model_type, f"a head_dim of {turned} in heads that are {width} wide")
     query, key, value = Linear.parts(layer.attn.Wqkv, 3)
     return Layer(
         query=query,
@@ -51,6 +55,6 @@ def _layer(layer: Any, turning: Any, config: Any) -> Layer:
         up=Linear.of(layer.mlp.Wi),
         down=Linear.of(layer.mlp.Wo),
         feed_forward_norm=Norm.of(layer.mlp_norm),
-        rotary=Rotary(getattr(turning, f"{kind}_inv_freq"), getattr(turning, f"{kind}_attention_scaling")),
+        rotary=Rotary(frequencies, getattr(turning, f"{kind}_attention_scaling")),
         local_window=config.sliding_window if kind == "sliding_attention" else -1,
     )

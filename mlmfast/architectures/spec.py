@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mlmfast.errors import UnsupportedModelError
@@ -302,22 +303,27 @@ class Derived:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, tuple[list[Tensor], list[tuple[int, int]], Tensor]] = {}
+        self._kept: dict[Hashable, tuple[list[Tensor], list[StorageWeakRef], list[Hashable], Tensor]] = {}
 
     def get(self, name: Hashable, sources: Sequence[Tensor | None], build: Callable[[], Tensor]) -> Tensor:
         """The tensor kept under ``name``, built anew if any of its ``sources`` is not what it was."""
         present = [source for source in sources if source is not None]
         if any(source.is_inference() for source in present):  # these have no version counter
             return build()
-        state = [(source.data_ptr(), source._version) for source in present]
-        # The sources themselves are kept too, so that none can be freed and its address used again.
+        # A weak reference keeps a storage's identity from being used again: model.bfloat16() and back swaps the storage
+        # under a parameter, at an unchanged version and perhaps at the old address.
+        storages = [StorageWeakRef(source.untyped_storage()) for source in present]
+        state: list[Hashable] = [
+            (storage.cdata, source.data_ptr(), source.dtype, source._version)
+            for storage, source in zip(storages, present)
+        ]
         kept = self._kept.get(name)
         same = kept is not None and len(kept[0]) == len(present) and all(a is b for a, b in zip(kept[0], present))
-        if kept is None or not same or kept[1] != state:
+        if kept is None or not same or kept[2] != state:
             # Without version counters, kept tensors could be packed by no backend.
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept[name] = (present, state, build())
-        return kept[2]
+                kept = self._kept[name] = (present, storages, state, build())
+        return kept[3]
 
     def clear(self) -> None:
         """Forgets everything."""
