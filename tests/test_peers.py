@@ -22,7 +22,7 @@ from mlmfast.bench.work import Peak
 from mlmfast.errors import RequestError
 from mlmfast.masking import MaskPlan, TokenSequence, make_plan
 
-SHAPE_NAMES = ["toy-deberta", "toy-roberta"]
+SHAPE_NAMES = ["toy-deberta", "toy-roberta", "toy-modernbert", "toy-esm"]
 
 
 def installed(name: str, shape: str = "toy-deberta") -> None:

@@ -32,8 +32,10 @@ class ScoredRows(torch.nn.Module):
 
 def target_logprobs(model: Any, scored: Tensor, targets: Tensor) -> Tensor:
     """The head of a Hugging Face model over ``scored [n, d]``: float32 log-probabilities of ``targets``, ``[n]``."""
-    if hasattr(model, "lm_predictions"):  # DeBERTa-v2's newer layout
+    if hasattr(model, "lm_predictions"):  # DeBERTa's newer layout
         logits = model.lm_predictions(scored, model.deberta.embeddings.word_embeddings)
+    elif hasattr(model, "decoder"):  # ModernBERT
+        logits = model.decoder(model.head(scored))
     else:
         logits = model.cls(scored) if hasattr(model, "cls") else model.lm_head(scored)
     return logits.float().log_softmax(1).gather(1, targets[:, None])[:, 0]  # from [n, V]
