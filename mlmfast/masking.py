@@ -221,6 +221,39 @@ def make_plan(
     )
 
 
+def plan_of_copies(
+    copies: Sequence[np.ndarray],
+    positions: np.ndarray,
+    targets: np.ndarray,
+    mask_token_id: int,
+    *,
+    lookback: int = 0,
+) -> MaskPlan:
+    """The plan of copies that were masked elsewhere, each to predict one token.
+
+    Args:
+        copies: token ids of each, int64 ``[L_c]``, the mask's id where it is masked.
+        positions: int64 ``[C]``, where each copy's prediction is read.
+        targets: int64 ``[C]``, ids of what is predicted there.
+        mask_token_id: the mask's id.
+        lookback: how many positions left of a token the model's prediction of it is read.
+    """
+    masked = [np.flatnonzero(copy == mask_token_id) for copy in copies]
+    every = np.arange(len(copies) + 1)
+    return MaskPlan(
+        sequences=list(copies),
+        mask_token_id=mask_token_id,
+        copy_sequences=every[:-1],
+        mask_offsets=np.concatenate([[0], np.cumsum([len(places) for places in masked], dtype=np.int64)]),
+        masked_positions=_joined(masked),
+        score_offsets=every,
+        score_copies=every[:-1],
+        score_positions=positions + lookback,
+        targets=targets,
+        lookback=lookback,
+    )
+
+
 def copies_of(sequence: TokenSequence, metric: str, stride: int = 8) -> int:
     """How many copies a metric makes of a sequence."""
     scored = int((sequence.scored & ~sequence.special).sum())

@@ -532,6 +532,22 @@ class MaskedLM:
             RequestError: the plan is read elsewhere than this model predicts.
         """
         check_temperature(temperature)
+        return self.read(plan, read_logprobs(temperature)).get("logprobs", np.zeros(0, np.float32))
+
+    def read(self, plan: MaskPlan, reader: Reader) -> dict[str, np.ndarray]:
+        """What a reader finds at a plan's targets: ranks, whole distributions, several temperatures of one pass.
+
+        Args:
+            plan: as in :meth:`logprobs`.
+            reader: of :mod:`mlmfast.execution`, such as ``read_logprobs(ranks=True)`` or ``read_rows()``; what it finds
+                as ``logprobs`` has to be finite.
+
+        Returns:
+            Named arrays with a row a target, in the plan's order; none for a plan without targets.
+
+        Raises:
+            RequestError: as :meth:`logprobs` does.
+        """
         if plan.lookback != OBJECTIVES[self.objective]:
             raise RequestError(
                 f"the plan has lookback={plan.lookback}, but objective={self.objective!r} reads predictions "
@@ -539,11 +555,10 @@ class MaskedLM:
             )
         with self._computing():
             spec = self.spec()
-            values = run(spec, plan, read_logprobs(temperature), **self._means(spec))
-        logprobs = values.get("logprobs", np.zeros(0, np.float32))
-        if not np.isfinite(logprobs).all():
+            values = run(spec, plan, reader, **self._means(spec))
+        if not np.isfinite(values.get("logprobs", 0)).all():
             raise MLMFastError(f"the plan {self._not_finite()}")
-        return logprobs
+        return values
 
     def _each(
         self,
