@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,7 @@ def main() -> None:
             raise SystemExit(
                 f"{length} residues: the sides disagree (error {verdict.error:.2e}), so no speed is measured"
             )
-        sides = [partial(masked_marginals, lm, [sequence]), partial(loop, sequence)]
+        sides: list[Callable[[], object]] = [partial(masked_marginals, lm, [sequence]), partial(loop, sequence)]
         times = interleaved(sides, given.rounds)
         seconds = {"seconds": summary(times[0]), "peer_seconds": summary(times[1])}
         ratio = summary([b / a for a, b in zip(*times)])
