@@ -1,4 +1,4 @@
-"""InfoLM of mlmfast against torchmetrics' own, RoBERTa-base's shape with random weights, from texts to scores.
+"""InfoLM of mlmfast against torchmetrics' own, a published shape with random weights, from texts to scores.
 
     python benchmarks/infolm.py --output benchmarks/results/this-machine/infolm
 
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from record import machine_line, table, write
 
-MODEL = "roberta-base"
 SHORTEST = 8  # words of the shortest text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="without suffix")
+    parser.add_argument("--shape", default="roberta-base")
     parser.add_argument("--pairs", type=int, default=8, help="of texts, each two words longer than the one before")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
     from mlmfast.bench.timing import interleaved, summary
     from mlmfast.integrations.torchmetrics import InfoLM
 
-    shape, machine = named(MODEL), describe()
+    shape, machine = named(given.shape), describe()
     draw = np.random.default_rng(0)
     sides_texts = [
         [shape.spell(draw.integers(5, shape.settings["vocab_size"], SHORTEST + 2 * i)) for i in range(given.pairs)]
@@ -58,7 +58,7 @@ def main() -> None:
 
     ours, theirs = metrics
     verdict = agreement(scores(ours).numpy(), scores(theirs).numpy())
-    result: dict[str, Any] = {"machine": machine, "torchmetrics": torchmetrics.__version__, "model": MODEL}
+    result: dict[str, Any] = {"machine": machine, "torchmetrics": torchmetrics.__version__, "shape": given.shape}
     result |= {"pairs": given.pairs, "error": verdict.error, "bound": verdict.bound}
     if not verdict.holds:
         raise SystemExit(f"the two sides disagree (error {verdict.error:.2e}), so no speed is measured")
@@ -76,7 +76,7 @@ def main() -> None:
         ]
     ]
     header = ["texts", "mlmfast, s", "torchmetrics, s", "ratio", "error"]
-    lines = [f"# InfoLM against torchmetrics {torchmetrics.__version__}, {MODEL}'s shape, float32", ""]
+    lines = [f"# InfoLM against torchmetrics {torchmetrics.__version__}, {given.shape}'s shape, float32", ""]
     lines += [
         f"KL divergence with idf; medians of {given.rounds} interleaved rounds; above 1x mlmfast is the faster.",
         "",
