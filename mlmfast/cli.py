@@ -1,4 +1,4 @@
-"""The command line: ``mlmfast score | rank | generate | doctor | bench``.
+"""The command line: ``mlmfast score | rank | generate | esm | doctor | bench``.
 
 Exit status: 0 all rows scored, 1 some rows have ``error``, 2 the request itself is wrong, 70 a defect of mlmfast, 130
 interrupted, 141 the reader of a pipe has gone. Only commands import torch, so that ``--help`` is quick.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,15 +18,26 @@ import typer
 
 import mlmfast
 from mlmfast.bench import app as bench_app
+from mlmfast.commands import (
+    Backend,
+    BatchTokens,
+    Device,
+    DType,
+    Quiet,
+    Revision,
+    ShardRows,
+    check_output,
+    own_code,
+    write,
+)
 from mlmfast.errors import RequestError
+from mlmfast.esm_commands import app as esm_app
 from mlmfast.masking import check_metric
 from mlmfast.reporting import reporting, say
 
 if TYPE_CHECKING:
     from mlmfast.model import MaskedLM
-    from mlmfast.readers import Row
     from mlmfast.results import Ranking
-    from mlmfast.writers import Record, Sink, Tally
 
 app = typer.Typer(
     help="Exact, fast scores of text under masked language models.",
@@ -37,23 +47,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(esm_app, name="esm")
 
 METRIC_HELP = (
     "Which tokens are masked together with the one that is scored: original (it alone), within_word_l2r, window, "
     "global_l2r, unmasked, or strided (approximate: not the exact PLL)."
 )
 Model = Annotated[str, typer.Option(help='"tiny" (bundled), a Hugging Face Hub name, or a local folder.')]
-Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a Hub model.")]
 Semantics = Annotated[
     str, typer.Option(help="trained (as the model was trained) or upstream (what transformers computes); DeBERTa only.")
 ]
 Objective = Annotated[
     str, typer.Option(help="mlm (a masked token is predicted at its place) or mntp (at the one before: GPT-BERT).")
 ]
-DType = Annotated[str, typer.Option(help="auto (float32), float32, bfloat16, float16 or float64.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Backend = Annotated[str, typer.Option(help="auto, or one that `mlmfast doctor` lists.")]
-BatchTokens = Annotated[int | None, typer.Option(min=1, help="Tokens in one pass: bounds memory.")]
 RandomHead = Annotated[
     bool, typer.Option("--allow-random-head", help="Score although the checkpoint has no trained prediction head.")
 ]
@@ -90,7 +96,7 @@ def score(
         str,
         typer.Option("--output", "-o", help="A file, a folder (existing, or ending in /), or - for standard output."),
     ] = "-",
-    shard_rows: Annotated[int, typer.Option(help="Rows in each file of an output folder.")] = 100_000,
+    shard_rows: ShardRows = 100_000,
     batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -99,7 +105,7 @@ def score(
     objective: Objective = "mlm",
     revision: Revision = None,
     allow_random_head: RandomHead = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score every row of a file: text (a line each), JSON Lines, CSV or Parquet; text formats also as .gz, .bz2, .xz.
 
@@ -121,8 +127,7 @@ def score(
         loading["objective"] = objective
         request = {"mlmfast": mlmfast.__version__, "input": source if source == "-" else str(Path(source).resolve())}
         request |= {"format": format_of(source, format), "field": field, "model": model} | options | loading
-        if output != "-" and source != "-" and Path(output).resolve() == Path(source).resolve():
-            raise RequestError(f"--output {output} is the input")
+        check_output(output, source)
         if source == "-" and sys.stdin.isatty():
             say("reading standard input, a text a line; Ctrl-D ends it")
         # What may be wrong with the files is found before the model is loaded.
@@ -131,49 +136,9 @@ def score(
         lm = mlmfast.load(model, **loading)
         records_of = partial(score_window, lm, options)
         approximate = " (approximate)" if metric == "strided" else ""
-        manner = f"scored in {{seconds:.1f}} s; model {model}{_own_code(lm)}, metric {metric}{approximate}"
-        tally = _write(records_of, rows, sink, output, quiet, manner)
+        manner = f"scored in {{seconds:.1f}} s; model {model}{own_code(lm)}, metric {metric}{approximate}"
+        tally = write(records_of, rows, sink, output, quiet, manner)
     raise typer.Exit(1 if tally.errors else 0)
-
-
-def _write(
-    records_of: Callable[[Sequence[Row]], list[Record]],
-    rows: Any,
-    sink: Sink,
-    output: str,
-    quiet: bool,
-    manner: str,
-    most: int | None = None,
-) -> Tally:
-    """Runs with a bar, says what an unfinished run has left, and ends with one line of summary."""
-    from tqdm import tqdm
-
-    from mlmfast.corpus import write_rows
-
-    started = time.perf_counter()
-    # disable=None: a bar on a terminal only
-    with tqdm(unit=" rows", file=sys.stderr, disable=True if quiet else None, leave=False) as bar:
-
-        def show(tally: Tally) -> None:
-            bar.update(tally.rows - bar.n)
-            bar.set_postfix(errors=tally.errors, refresh=False)
-
-        try:
-            tally = write_rows(rows, sink, records_of, show, most)
-        except BaseException as error:
-            left = sink.close()
-            bar.close()
-            added = sink.tally.rows > sink.tally.kept
-            if left is not None and (added or isinstance(error, KeyboardInterrupt)):
-                say(f"{sink.tally.rows:,} rows are kept in {left}; run the same command again to continue")
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise RequestError(f"cannot write {output}: {error.strerror or error}") from error
-            raise
-    if not quiet:
-        kept = f" ({tally.kept:,} of them by an earlier run)" if tally.kept else ""
-        said = manner.format(seconds=time.perf_counter() - started)
-        say(f"{tally.rows:,} rows{kept}, {tally.errors:,} with an error, {tally.tokens:,} tokens {said}")
-    return tally
 
 
 @app.command()
@@ -254,7 +219,7 @@ def generate(
     format: Annotated[str, typer.Option(help="auto (by the suffix), text, jsonl, csv, tsv or parquet.")] = "auto",
     field: Annotated[str, typer.Option(help="The column or key that holds the prompt; not for text files.")] = "text",
     output: Annotated[str, typer.Option("--output", "-o", help="As for score; only with --file.")] = "-",
-    shard_rows: Annotated[int, typer.Option(help="Rows in each file of an output folder.")] = 100_000,
+    shard_rows: ShardRows = 100_000,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines also on a terminal.")] = False,
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens that are generated.")] = 32,
@@ -286,7 +251,7 @@ def generate(
     objective: Objective = "mlm",
     revision: Revision = None,
     allow_random_head: RandomHead = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Continue a prompt, or every row of a file, by appending masks.
 
@@ -318,15 +283,14 @@ def generate(
         if file is not None:
             request = {"mlmfast": mlmfast.__version__, "command": "generate", "format": format_of(file, format)}
             request |= {"input": file if file == "-" else str(Path(file).resolve()), "field": field, "model": model}
-            if output != "-" and file != "-" and Path(output).resolve() == Path(file).resolve():
-                raise RequestError(f"--output {output} is the input")
+            check_output(output, file)
             sink = open_sink(output, request | options | loading, shard_rows, sys.stdout.buffer)
             rows = read_rows(file, format=format, field=field)
             lm = mlmfast.load(model, **loading)
             records_of = partial(generate_window, lm, options)
             approximate = " (approximate)" if cache != "none" else ""
-            manner = f"generated in {{seconds:.1f}} s; model {model}{_own_code(lm)}, cache {cache}{approximate}"
-            failed = bool(_write(records_of, rows, sink, output, quiet, manner, GENERATED_ROWS).errors)
+            manner = f"generated in {{seconds:.1f}} s; model {model}{own_code(lm)}, cache {cache}{approximate}"
+            failed = bool(write(records_of, rows, sink, output, quiet, manner, GENERATED_ROWS).errors)
         elif prompt is not None:
             lm = mlmfast.load(model, **loading)
             if as_json or not sys.stdout.isatty():
@@ -338,15 +302,10 @@ def generate(
                 if cache != "none":
                     say(f"approximate: cache {cache}")
                 if lm.generic:
-                    say(f"model {model}{_own_code(lm)}")
+                    say(f"model {model}{own_code(lm)}")
                 typer.echo(prompt, nl=False)
                 _print_text(lm, prompt, options)
     raise typer.Exit(1 if failed else 0)
-
-
-def _own_code(lm: MaskedLM) -> str:
-    """What a summary says after the name of a model that its own code computes."""
-    return " (generic: its own code, not mlmfast's kernels)" if lm.generic else ""
 
 
 def _print_text(lm: MaskedLM, prompt: str, options: dict[str, Any]) -> None:

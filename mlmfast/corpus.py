@@ -101,7 +101,7 @@ def windows(rows: Iterable[Row], shard_rows: int | None = None, most: int | None
 
 def score_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[Row]) -> list[Record]:
     """The records of some rows, scored in one call; ``options`` of :meth:`MaskedLM.score`."""
-    return _records(window, lambda texts: lm.score(texts, on_error="return", progress=False, **options), record_of)
+    return records(window, lambda texts: lm.score(texts, on_error="return", progress=False, **options), record_of)
 
 
 def generate_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[Row]) -> list[Record]:
@@ -112,7 +112,7 @@ def generate_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[R
     """
     # A row's own, so that a sample does not depend on how rows fall into windows.
     seeds = [options["seed"] + row.index for row in window if row.error is None and row.text is not None]
-    found = _records(
+    found = records(
         window,
         lambda texts: lm.generate(texts, on_error="return", progress=False, **{**options, "seed": seeds}),
         continuation_of,
@@ -122,7 +122,7 @@ def generate_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[R
     return found
 
 
-def _records(
+def records(
     window: Sequence[Row],
     compute: Callable[[list[str]], Sequence[Any]],
     record: Callable[[Row, Any], Record],
@@ -136,10 +136,15 @@ def _records(
     ]
 
 
+def refused(row: Row, error: TextError) -> Record:
+    """What is written of a row that cannot be computed."""
+    return {"text": row.text, "error": f"row {row.index + 1} {error.reason}"}
+
+
 def continuation_of(row: Row, outcome: Generation | TextError) -> Record:
     """What is written of a row: how it was continued, or ``error`` and why it was not."""
     if isinstance(outcome, TextError):
-        return {"text": row.text, "error": f"row {row.index + 1} {outcome.reason}"}
+        return refused(row, outcome)
     return {
         "text": row.text,
         "continuation": outcome.text,
@@ -158,7 +163,7 @@ def record_of(row: Row, outcome: Score | TextError) -> Record:
     ``perplexity`` is null where it overflows, for JSON has no infinity.
     """
     if isinstance(outcome, TextError):
-        return {"text": row.text, "error": f"row {row.index + 1} {outcome.reason}"}
+        return refused(row, outcome)
     record: Record = {
         "text": row.text,
         "pll": outcome.total,

@@ -29,6 +29,10 @@ from mlmfast.staging import transferred
 # What is read at the scored rows: head, its hidden states [R, e], targets -> arrays with a row a target, [N, ...].
 Reader = Callable[[Head | LogitsHead, Tensor, "Targets"], dict[str, Tensor]]
 
+# Takes whole distributions while they pass: some scored tokens' sequences, int64 [n], their positions there, int64
+# [n], and the log-probabilities [n, V] on the weights' device.
+Visitor = Callable[[np.ndarray, np.ndarray, Tensor], None]
+
 # Rows of copies planned at once. Identical copies are found within such a window of sequences.
 WINDOW_TOKENS = 1 << 21
 # Scored rows that are read together, from as many batches as it takes: a vocabulary is hundreds of megabytes, and the
@@ -50,10 +54,12 @@ class Targets:
     Attributes:
         ids: int64 ``[N]``, token ids.
         rows: int64 ``[N]``, the row of the hidden states ``[R, e]`` that each is read from.
+        order: int64 ``[N]`` on the host, the place of each in its plan; None without a plan.
     """
 
     ids: Tensor
     rows: Tensor
+    order: np.ndarray | None = None
 
     @classmethod
     def of(cls, batches: Sequence[PackedBatch], device: torch.device) -> Targets:
@@ -61,7 +67,9 @@ class Targets:
         starts = accumulate([len(batch.scored_rows) for batch in batches], initial=0)
         ids = torch.cat([batch.targets for batch in batches])
         rows = torch.cat([batch.target_rows + start for batch, start in zip(batches, starts)])
-        return cls(*transferred([ids, rows], device))
+        order = np.concatenate([batch.order.numpy() for batch in batches])
+        ids, rows = transferred([ids, rows], device)
+        return cls(ids, rows, order)
 
 
 class Values:
@@ -151,6 +159,32 @@ def read_logits() -> Reader:
     return read
 
 
+def read_past(take: Callable[[np.ndarray, Tensor], None], targets: int, temperature: float = 1.0) -> Reader:
+    """Reads nothing: hands whole distributions to ``take``, :data:`CHUNK` targets at a time, so that none is held.
+
+    Args:
+        take: called with some targets' places in the plan, int64 ``[n]``, and log-probabilities ``[n, V]``, which it
+            may overwrite. Each target comes once, also where a batch runs out of memory on the way and is read again.
+        targets: of the plan.
+    """
+    taken = np.zeros(targets, bool)
+
+    def read(head: Head | LogitsHead, hidden: Tensor, targets: Targets) -> dict[str, Tensor]:
+        assert targets.order is not None
+        rows = targets.rows.cpu().numpy()
+        left = np.flatnonzero(~taken[targets.order])
+        left = left[np.argsort(rows[left], kind="stable")]  # targets of one row are neighbours: it is computed once
+        for start in range(0, len(left), CHUNK):
+            places = targets.order[left[start : start + CHUNK]]
+            own, which = np.unique(rows[left[start : start + CHUNK]], return_inverse=True)
+            logprobs = head.vocab_rows(hidden[torch.from_numpy(own).to(hidden.device)], temperature)
+            take(places, logprobs if len(own) == len(places) else logprobs[torch.from_numpy(which).to(hidden.device)])
+            taken[places] = True
+        return {}
+
+    return read
+
+
 def compute(
     spec: Spec,
     sequences: Sequence[TokenSequence],
@@ -174,23 +208,67 @@ def compute(
     Yields:
         Each sequence's place in the order given, its scored positions int64 ``[n]``, and what was read there.
     """
-    # A long sequence is computed in parts, so that a window stays bounded.
-    parts = [(i, part) for i, s in enumerate(sequences) for part in parted(s, masking["metric"], WINDOW_TOKENS)]
+    parts = _parts(sequences, masking)
     awaited = Counter(i for i, _ in parts)
     found: list[dict[str, np.ndarray]] = []
-    for window in _windows(parts, masking):
-        plan = make_plan([part for _, part in window], mask_token_id, **masking)
-        share = sum(1 / awaited[i] for i, _ in window)
-        step = partial(_scaled, advance, share)
+    for places, plan, step in _plans(parts, mask_token_id, masking, advance):
         values = run(spec, plan, read, device=device, batch_tokens=batch_tokens, graphs=graphs, advance=step)
         values["positions"] = plan.score_positions
-        for place, (i, _) in enumerate(window):
-            mine = slice(plan.score_offsets[place], plan.score_offsets[place + 1])
+        for n, i in enumerate(places):
+            mine = slice(plan.score_offsets[n], plan.score_offsets[n + 1])
             found.append({name: array[mine] for name, array in values.items()})
             if len(found) == awaited[i]:  # the parts of a sequence are neighbours
                 own = {name: np.concatenate([part[name] for part in found]) for name in values}
                 found = []
                 yield i, own.pop("positions"), own
+
+
+def visit(
+    spec: Spec,
+    sequences: Sequence[TokenSequence],
+    mask_token_id: int,
+    masking: dict[str, Any],
+    take: Visitor,
+    temperature: float = 1.0,
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    graphs: Graphs[PackedBatch] | None = None,
+    advance: Callable[[float], Any],
+) -> None:
+    """Plans and computes sequences as :func:`compute` does, and hands whole distributions over while they pass.
+
+    Args:
+        take: see :data:`Visitor`; each scored token comes once, in no order, as :func:`read_past` says.
+        temperature: divides the logits.
+    """
+    for places, plan, step in _plans(_parts(sequences, masking), mask_token_id, masking, advance):
+        owners = np.repeat(np.array(places, np.int64), np.diff(plan.score_offsets))
+        read = read_past(partial(_hand_over, take, owners, plan.score_positions), len(owners), temperature)
+        run(spec, plan, read, device=device, batch_tokens=batch_tokens, graphs=graphs, advance=step)
+
+
+def _hand_over(take: Visitor, owners: np.ndarray, positions: np.ndarray, places: np.ndarray, logprobs: Tensor) -> None:
+    take(owners[places], positions[places], logprobs)
+
+
+def _parts(sequences: Sequence[TokenSequence], masking: dict[str, Any]) -> list[tuple[int, TokenSequence]]:
+    """Sequences and their places; a long one is computed in parts, so that a window stays bounded."""
+    return [(i, part) for i, s in enumerate(sequences) for part in parted(s, masking["metric"], WINDOW_TOKENS)]
+
+
+def _plans(
+    parts: Sequence[tuple[int, TokenSequence]],
+    mask_token_id: int,
+    masking: dict[str, Any],
+    advance: Callable[[float], Any],
+) -> Iterator[tuple[list[int], MaskPlan, Callable[[float], Any]]]:
+    """A window at a time: the places of its sequences, their plan, and what is to be told how far that has come."""
+    awaited = Counter(i for i, _ in parts)
+    for window in _windows(parts, masking):
+        plan = make_plan([part for _, part in window], mask_token_id, **masking)
+        share = sum(1 / awaited[i] for i, _ in window)
+        yield [i for i, _ in window], plan, partial(_scaled, advance, share)
 
 
 def _scaled(advance: Callable[[float], Any], factor: float, share: float) -> None:
@@ -299,7 +377,8 @@ def _read(
         if (len(encoded) == 1 and encoded[0][0].copies == 1) or not out_of_memory(error):
             raise
     else:
-        yield np.concatenate([batch.order.numpy() for batch in batches]), found
+        assert targets.order is not None
+        yield targets.order, found
         return
     if len(encoded) == 1:
         batch, hidden = encoded[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast, overload
 
 import numpy as np
@@ -25,11 +26,11 @@ from mlmfast.arguments import (
 from mlmfast.budget import usual_batch_tokens
 from mlmfast.cpu import products
 from mlmfast.errors import BackendError, MLMFastError, RequestError, TextError, UnsupportedModelError
-from mlmfast.execution import Reader, compute, head_states, read_best, read_logprobs, read_rows, run
+from mlmfast.execution import Reader, Visitor, compute, head_states, read_best, read_logprobs, read_rows, run, visit
 from mlmfast.generation import Generating, ending, streaming
 from mlmfast.generic import FAMILY, Generic, Spec, architecture_of, foreign
 from mlmfast.graphs import Graphs
-from mlmfast.masking import OBJECTIVES, MaskPlan, check_metric, make_plan
+from mlmfast.masking import OBJECTIVES, MaskPlan, TokenSequence, check_metric, make_plan
 from mlmfast.packing import PackedBatch
 from mlmfast.prefix import compute_after_prefix
 from mlmfast.results import Distribution, Fill, Generation, Ranking, Score
@@ -124,6 +125,13 @@ class MaskedLM:
         if self._graphs is not None:
             self._graphs.forget()
         products.forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles take model, tokenizer and settings along; what was computed from weights is so anew."""
+        settings: dict[str, Any] = {"name": self.name, "semantics": self.semantics, "extras": self._extras}
+        settings |= {"backend": self._backend or "auto", "batch_tokens": self._batch_tokens}
+        settings |= {"cuda_graphs": self._graphs is not None, "objective": self.objective}
+        return partial(MaskedLM, **settings), (self.model, self.tokenizer)
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -559,6 +567,50 @@ class MaskedLM:
         if not np.isfinite(values.get("logprobs", 0)).all():
             raise MLMFastError(f"the plan {self._not_finite()}")
         return values
+
+    def visit(
+        self,
+        sequences: Sequence[TokenSequence],
+        take: Visitor,
+        *,
+        metric: str = "original",
+        temperature: float = 1.0,
+        advance: Callable[[float], Any] = lambda share: None,
+    ) -> None:
+        """Hands whole distributions over while they pass, for callers who reduce them: none is kept here.
+
+        Args:
+            sequences: tokenised texts, by callers who tokenise for themselves.
+            take: called with some scored tokens' sequences, int64 ``[n]``, their positions in them, int64 ``[n]``, and
+                log-probabilities ``[n, V]`` on the model's device, float32 (float64 from a float64 model), which it may
+                overwrite. Each token comes once, in no order, a few dozen at a time.
+            metric: as in :meth:`score`, with its usual settings.
+            temperature: divides the logits.
+            advance: told how many sequences have been computed since it was told last, in fractions.
+
+        Raises:
+            RequestError: an unknown metric.
+            TextError: a sequence is longer than the model holds, or its log-probabilities are not finite.
+        """
+        check_temperature(temperature)
+        check_metric(metric)
+        longest = self.max_length
+        for i, sequence in enumerate(sequences):
+            if longest is not None and len(sequence) > longest:
+                raise TextError(i, f"has {len(sequence)} tokens; {self.name} holds {longest}: split it")
+
+        def checked(owners: np.ndarray, positions: np.ndarray, logprobs: Tensor) -> None:
+            if not torch.isfinite(logprobs).all():
+                bad = int((~torch.isfinite(logprobs).all(1)).nonzero()[0])
+                raise TextError(int(owners[bad]), self._not_finite())
+            take(owners, positions, logprobs)
+
+        with self._computing():
+            spec = self.spec()
+            encoder = self._encoder(spec)
+            masking = {"metric": metric, "lookback": encoder.lookback}
+            way = {"advance": advance, **self._means(spec)}
+            visit(spec, sequences, encoder.mask_token_id, masking, checked, temperature, **way)
 
     def _each(
         self,

@@ -175,7 +175,7 @@ def _not_utf8(line: str) -> Malformed | None:
 
 
 @contextmanager
-def _opened(source: str, newline: str | None) -> Iterator[TextIO]:
+def opened(source: str, newline: str | None) -> Iterator[TextIO]:
     """A source as text; bytes that are not UTF-8 stand in it as lone surrogates."""
     if source == "-":
         stream = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", "surrogateescape", newline)
@@ -192,7 +192,7 @@ def _opened(source: str, newline: str | None) -> Iterator[TextIO]:
 
 def _text_values(source: str, kind: str, field: str) -> Iterator[str | Malformed]:
     # csv wants the line ends inside quotes as they are.
-    with _opened(source, "" if kind in ("csv", "tsv") else None) as stream:
+    with opened(source, "" if kind in ("csv", "tsv") else None) as stream:
         if kind == "text":
             yield from _line_values(stream)
         elif kind == "jsonl":
@@ -224,7 +224,7 @@ def read_objects(source: str) -> Iterator[dict[str, Any] | Malformed]:
         RequestError: the source cannot be read.
     """
     try:
-        with _opened(source, None) as stream:
+        with opened(source, None) as stream:
             yield from _json_objects(stream)
     except (OSError, *DAMAGE) as error:
         raise RequestError(f"cannot read {source}: {error}") from error

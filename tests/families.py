@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers import (
     ErnieForMaskedLM,
     EsmConfig,
     EsmForMaskedLM,
+    EsmTokenizer,
     ModernBertConfig,
     ModernBertForMaskedLM,
     MPNetConfig,
@@ -49,6 +51,14 @@ def camembert_tokenizer() -> PreTrainedTokenizerBase:
     """Unigram with Metaspace under RoBERTa's special tokens, after pieces that the original left without a use."""
     special = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED", "<s>", "</s>", "<mask>"]
     return CamembertTokenizer(vocab=unigram_pieces(special, "<unk>"), model_max_length=64)
+
+
+def protein_tokenizer(folder: Path) -> EsmTokenizer:
+    """The published tokenizer's vocabulary: slow, a token a residue."""
+    residues = list("LAGVSERTIDPKQNFYMHWCXBUZO.-")
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", *residues, "<null_1>", "<mask>"]))
+    return EsmTokenizer(str(vocabulary))
 
 
 @dataclass(frozen=True)

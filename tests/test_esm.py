@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import TEXTS, bert_tokenizer, long_text, save
-from families import FAMILIES, HOLDS
+from families import FAMILIES, HOLDS, protein_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import EsmForMaskedLM, EsmTokenizer, PreTrainedTokenizerBase
 from truth import ALL_METRICS, assert_near, assert_score, forward_of, reference_loop
@@ -75,16 +75,8 @@ def test_a_batch_that_shares_few_rows(tokenizer: PreTrainedTokenizerBase) -> Non
         assert_score(score, reference_loop(forward_of(model), tokenizer, text, "unmasked"))
 
 
-def proteins(folder: Path) -> EsmTokenizer:
-    """The published tokenizer's vocabulary: slow, a token a residue."""
-    residues = list("LAGVSERTIDPKQNFYMHWCXBUZO.-")
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(["<cls>", "<pad>", "<eos>", "<unk>", *residues, "<null_1>", "<mask>"]))
-    return EsmTokenizer(str(vocabulary))
-
-
 def test_proteins(tmp_path: Path) -> None:
-    tokenizer = proteins(tmp_path)
+    tokenizer = protein_tokenizer(tmp_path)
     assert len(tokenizer) == 33
     model = small(tokenizer, pad_token_id=1, mask_token_id=32, hidden_size=48, num_attention_heads=3)
     texts = ["MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ", "MDE", "WWWWCC"]
