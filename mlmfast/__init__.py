@@ -17,6 +17,7 @@ from mlmfast.results import Distribution, Fill, Generation, Ranking, Score
 
 if TYPE_CHECKING:
     from mlmfast.checkpoint import load
+    from mlmfast.integrations.transformers import accelerate
     from mlmfast.model import MaskedLM
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "Score",
     "TextError",
     "UnsupportedModelError",
+    "accelerate",
     "load",
 ]
 
@@ -45,6 +47,10 @@ def __getattr__(name: str) -> Any:
         from mlmfast.checkpoint import load
 
         return load
+    if name == "accelerate":
+        from mlmfast.integrations.transformers import accelerate
+
+        return accelerate
     if name == "MaskedLM":
         from mlmfast.model import MaskedLM
 

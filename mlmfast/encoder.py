@@ -13,6 +13,7 @@ ahead of the device and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from mlmfast.ops.linear import linear
 from mlmfast.ops.masked_embedding import masked_embedding
 from mlmfast.ops.pre_norm import pre_norm
 from mlmfast.ops.rotary import rotary
-from mlmfast.packing import Batch
+from mlmfast.packing import Batch, PaddedBatch
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,20 @@ def encode(spec: EncoderSpec, batch: Batch, mask_token_id: int, cache: Cache | N
     return queries
 
 
+def layer_states(spec: EncoderSpec, batch: Batch) -> Iterator[States]:
+    """States of all rows of a batch of whole sequences without masked rows: before each layer, and after the last.
+
+    The enhanced mask decoder is no part of them: its queries are those of predictions.
+    """
+    every = Queries(None, batch.places(), batch.cu_seqlens, batch.max_seqlen)
+    angles = Angles(batch)
+    hidden = embed(spec, batch, 0)  # which no row reads
+    yield hidden
+    for index in range(len(spec.layers)):
+        hidden = apply_layer(spec, index, batch, None, angles, hidden, every, hidden)
+        yield hidden
+
+
 def predict(spec: EncoderSpec, hidden: Tensor) -> Tensor:
     """The head's hidden states ``[R, e]``, ready for a vocabulary op, from the encoder's ``[R, d]``."""
     head = spec.head
@@ -147,7 +162,9 @@ def embed(spec: EncoderSpec, batch: Batch, mask_token_id: int) -> States:
     scale = None if embedding.token_dropout is None else copy_scale(embedding.token_dropout, batch, mask_token_id)
     bounds = None if scale is None else batch.cu_seqlens
     kinds = None
-    if ids.device.type == "cpu":  # elsewhere the number of distinct rows would have to be waited for
+    token_types = batch.token_types if isinstance(batch, PaddedBatch) else None
+    # Elsewhere the number of distinct rows would have to be waited for; rows of several types are texts, not copies.
+    if ids.device.type == "cpu" and token_types is None:
         key, parts = ids.index_fill(0, masked, mask_token_id), []
         if places is not None:
             parts.append((places, int(places.max()) + 1))
@@ -174,7 +191,7 @@ def embed(spec: EncoderSpec, batch: Batch, mask_token_id: int) -> States:
         embedding.words,
         places,
         table,
-        None,
+        token_types,
         embedding.types,
         None if inside is None else inside.weight,
         None if inside is None else inside.bias,
@@ -195,7 +212,7 @@ def embed(spec: EncoderSpec, batch: Batch, mask_token_id: int) -> States:
 
 def copy_scale(dropout: TokenDropout, batch: Batch, mask_token_id: int) -> Tensor:
     """Factor on each copy's words, float32 ``[C]``."""
-    if isinstance(batch, StepBatch):
+    if isinstance(batch, (StepBatch, PaddedBatch)):
         return batch.copy_scale
     masks = batch.token_ids.index_fill(0, batch.masked_rows, mask_token_id).eq(dropout.token)
     before = torch.cat([masks.new_zeros(1, dtype=torch.int64), masks.cumsum(0)])  # [T + 1]
@@ -204,7 +221,7 @@ def copy_scale(dropout: TokenDropout, batch: Batch, mask_token_id: int) -> Tenso
 
 def position_ids(embedding: Embedding, batch: Batch) -> Tensor:
     """Absolute position of every packed row, int64 ``[T]``."""
-    if isinstance(batch, StepBatch):
+    if isinstance(batch, (StepBatch, PaddedBatch)):
         return batch.position_ids
     if embedding.padding_id is None:
         return row_positions(batch) + embedding.first_position

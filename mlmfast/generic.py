@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -419,9 +419,15 @@ def foreign(model: Any) -> str | None:
     """What of a live model its family's file cannot see: code that is not transformers' own. None if there is none."""
     if masked_class(model) is None:
         return f"a {type(model).__name__} is none of transformers' own masked models"
-    for name, module in model.named_modules():
+    return foreign_module(model.named_modules())
+
+
+def foreign_module(modules: Iterable[tuple[str, Any]]) -> str | None:
+    """The first of some named modules whose code is not transformers' own, and why; None if there is none."""
+    for name, module in modules:
         what = f"{name or 'the model'} ({type(module).__name__})"
-        forward = getattr(module.forward, "_torchdynamo_orig_callable", module.forward)  # torch.compile changes nothing
+        forward = getattr(module.forward, "accelerated", module.forward)  # by mlmfast itself: the same numbers
+        forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # torch.compile changes nothing
         function = getattr(forward, "__func__", forward)
         if function is not type(module).forward or not function.__module__.startswith(LIBRARIES):
             return f"{what} has a forward that is not transformers' own"

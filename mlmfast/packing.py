@@ -107,6 +107,23 @@ class PackedBatch(Batch):
     order: Tensor
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class PaddedBatch(Batch):
+    """Sequences cut out of a padded matrix, whole, with their masks among their tokens.
+
+    Attributes:
+        position_ids: int64 ``[T]``, each row's absolute position as the embedding counts.
+        copy_scale: float32 ``[C]``, :func:`mlmfast.encoder.copy_scale` of each sequence.
+        token_types: int64 ``[T]``; None for type 0 everywhere.
+        cells: int64 ``[T]``, each row's place in the matrix, line by line.
+    """
+
+    position_ids: Tensor
+    copy_scale: Tensor
+    token_types: Tensor | None
+    cells: Tensor
+
+
 def halves(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
     """Splits a batch of two copies or more into two with about half the rows each (out of memory: try smaller)."""
     bounds = batch.cu_seqlens
