@@ -277,5 +277,28 @@ def parted(sequence: TokenSequence, metric: str, rows: int) -> list[TokenSequenc
     return parts
 
 
+def windows(sequence: TokenSequence, before: int, after: int, most: int) -> list[TokenSequence]:
+    """A long text in windows of ``most`` tokens, each a request of its own that every scored token is in once.
+
+    The last one reaches back to the length of the others; what it shares with the one before is context alone.
+
+    Args:
+        sequence: a whole text; one of at most ``most`` tokens is its own window.
+        before, after: special tokens before and after the text, which each window gets too.
+        most: more than those.
+    """
+    if len(sequence) <= most:
+        return [sequence]
+    end, room = len(sequence) - after, most - before - after
+    found = []
+    for start in range(before, end, room):
+        stop = min(start + room, end)
+        places = np.r_[:before, stop - room : stop, end : len(sequence)]
+        scored = sequence.scored[places] & (places >= start)
+        words = None if sequence.word_ids is None else sequence.word_ids[places]
+        found.append(TokenSequence(sequence.token_ids[places], sequence.special[places], scored, words))
+    return found
+
+
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64, copy=False)
