@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def measure(name: str, given: dict[str, Any], rounds: int) -> list[dict[str, Any
 
     shape = named(name)
     model = shape.model()
-    with suppress(ValueError):  # where transformers has only its eager code
+    if model._supports_sdpa:  # else transformers has only its eager code
         model.set_attn_implementation("sdpa")
     fast = copy.deepcopy(model)
     batch = padded(shape, given["texts"], given["shortest"], given["longest"])
