@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,13 @@ from transformers.models.deberta import modeling_deberta
 from transformers.models.deberta_v2 import modeling_deberta_v2
 
 import mlmfast
+from mlmfast import backends
 from mlmfast.model import MaskedLM
+
+if importlib.util.find_spec("triton"):
+    # A kernel that a test first imports while it compiles for GPUs would not be interpreted afterwards.
+    for op in backends.OPS:
+        importlib.import_module(f"mlmfast.kernels.{op}")
 
 hypothesis.settings.register_profile(
     "mlmfast",
