@@ -88,7 +88,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Acceleration:
                 forward = Forward(module, _Labelled(), backend)
             if forward is not None:
                 handle.join(forward)
-    except Exception:
+    except BaseException:  # nothing half done stays on the model, not even after Ctrl-C
         handle.remove()
         raise
     return handle
