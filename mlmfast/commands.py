@@ -72,7 +72,8 @@ def write(
     if not quiet:
         kept = f" ({tally.kept:,} of them by an earlier run)" if tally.kept else ""
         said = manner.format(seconds=time.perf_counter() - started)
-        say(f"{tally.rows:,} rows{kept}, {tally.errors:,} with an error, {tally.tokens:,} tokens {said}")
+        tokens = f", {tally.tokens:,} tokens" if tally.tokens else ""  # a mutant has none of its own
+        say(f"{tally.rows:,} rows{kept}, {tally.errors:,} with an error{tokens} {said}")
     return tally
 
 

@@ -78,10 +78,12 @@ def marginals(
     """
     with reporting():
         from mlmfast import proteins
-        from mlmfast.corpus import records, refused
+        from mlmfast.corpus import refused
 
         options: dict[str, Any] = {"command": "esm marginals", "metric": metric, "residues": residues, "window": window}
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend, "batch_tokens": batch_tokens}
+        if not residues:
+            raise RequestError("--residues is empty: name the residues whose log-probabilities are wanted")
         if metric not in proteins.METRICS:
             raise RequestError(f"--metric {metric} does not apply here; choose {' or '.join(proteins.METRICS)}")
 
@@ -99,7 +101,7 @@ def marginals(
                 return {"text": row.text, "tokens": list(row.text or ""), "residues": residues, "logprobs": logprobs}
 
             compute = partial(proteins.masked_marginals, lm, metric=metric, window=window, on_error="return")
-            return partial(records, compute=compute, record=_named(record))
+            return _of_fasta(compute, record)
 
         failed = _run_fasta(
             source, model, options, loading | {"revision": revision}, output, shard_rows, quiet, prepare
@@ -128,14 +130,14 @@ def pppl(
     """
     with reporting():
         from mlmfast import proteins
-        from mlmfast.corpus import record_of, records
+        from mlmfast.corpus import record_of
 
         options: dict[str, Any] = {"command": "esm pppl", "window": window}
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend, "batch_tokens": batch_tokens}
 
         def prepare(lm: MaskedLM) -> Callable[[Sequence[Row]], list[Record]]:
             compute = partial(proteins.score, lm, window=window, on_error="return")
-            return partial(records, compute=compute, record=_named(record_of))
+            return _of_fasta(compute, record_of)
 
         failed = _run_fasta(
             source, model, options, loading | {"revision": revision}, output, shard_rows, quiet, prepare
@@ -151,7 +153,9 @@ def mutations(
     ] = "-",
     sequence: Annotated[str | None, typer.Option(help="The wild type.")] = None,
     fasta: Annotated[str | None, typer.Option(help="A FASTA file with the wild type as its only sequence.")] = None,
-    field: Annotated[str, typer.Option(help="The column or key that holds the mutant; not for text files.")] = "mutant",
+    field: Annotated[
+        str | None, typer.Option(help="The column or key that holds the mutant, `mutant` unless given.")
+    ] = None,
     format: Annotated[str, typer.Option(help="auto (by the suffix), text, jsonl, csv, tsv or parquet.")] = "auto",
     strategy: Annotated[str, typer.Option(help="masked-marginals, wt-marginals or pseudo-ppl.")] = "masked-marginals",
     offset: Annotated[int, typer.Option(help="Number of the wild type's first residue.")] = 1,
@@ -181,9 +185,14 @@ def mutations(
             raise RequestError("give the wild type as --sequence or as --fasta, and not both")
         if strategy not in proteins.STRATEGIES:
             raise RequestError(f"--strategy {strategy} is not known; choose one of {', '.join(proteins.STRATEGIES)}")
+        if fasta is not None:
+            check_output(output, fasta)
+        if source == fasta == "-":
+            raise RequestError("mutants and wild type cannot both be read from standard input; one needs a file")
         wild = _only_sequence(fasta) if fasta is not None else sequence or ""
         kind = format_of(source, format)
-        field = "text" if kind == "text" else field
+        if field is None:
+            field = "text" if kind == "text" else "mutant"
         options: dict[str, Any] = {"strategy": strategy, "offset": offset, "window": window, "sequence": wild}
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend, "batch_tokens": batch_tokens}
         loading["revision"] = revision
@@ -239,9 +248,17 @@ def _begun(rows: Iterator[Row], source: str) -> Iterator[Row]:
     return chain([first], rows)
 
 
-def _named(record: Callable[[Row, Any], Record]) -> Callable[[Row, Any], Record]:
-    """The same record with the name that the row has in its FASTA file."""
-    return lambda row, outcome: record(row, outcome) | {"name": getattr(row, "name", "")}
+def _of_fasta(
+    compute: Callable[[list[str]], Sequence[Any]], record: Callable[[Row, Any], Record]
+) -> Callable[[Sequence[Row]], list[Record]]:
+    """Makes a window's records, each with the name that its row has in the FASTA file."""
+    from mlmfast.corpus import records
+
+    def records_of(rows: Sequence[Row]) -> list[Record]:
+        found = records(rows, compute=compute, record=record)
+        return [one | {"name": getattr(row, "name", "")} for row, one in zip(rows, found)]
+
+    return records_of
 
 
 def _only_sequence(fasta: str) -> str:

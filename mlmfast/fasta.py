@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlmfast.errors import RequestError
-from mlmfast.readers import DAMAGE, MAX_ROW_CHARACTERS, NOT_UTF8, Row, opened
+from mlmfast.readers import DAMAGE, MAX_ROW_CHARACTERS, NOT_UTF8, Row, is_damage, opened
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ def read_fasta(source: str) -> Iterator[FastaRow]:
     """The sequences of a FASTA file, which may be ``.gz``, ``.bz2`` or ``.xz``, or of standard input for ``"-"``.
 
     White space and blank lines are left out, lines that begin with ``;`` are comments. A name without residues is a row
-    with ``error``, and so is a sequence of more than :data:`MAX_ROW_CHARACTERS`.
+    with ``error``, and so is a sequence of more than :data:`MAX_ROW_CHARACTERS`, and the one at which a compressed file
+    turns out to be damaged, which is then the last.
 
     Raises:
         RequestError: the source cannot be read, or does not begin with a name.
@@ -50,7 +51,12 @@ def read_fasta(source: str) -> Iterator[FastaRow]:
                 if length <= MAX_ROW_CHARACTERS:
                     lines.append(residues)
     except (OSError, *DAMAGE) as error:
-        raise RequestError(f"cannot read {source}: {error}") from error
+        if name is None or not is_damage(error):
+            raise RequestError(f"cannot read {source}: {error}") from error
+        # What came before is computed, and this row says what is missing.
+        fault = f"and all after it cannot be read, {source} is damaged: {error}"
+        yield FastaRow(index, "".join(lines), f"row {index + 1} ({_printable(name)}) {fault}", _printable(name))
+        return
     if name is not None:
         yield _row(index, name, lines, length)
 
@@ -65,4 +71,10 @@ def _row(index: int, name: str, lines: list[str], length: int) -> FastaRow:
         fault = "has a name and no residues"
     elif NOT_UTF8.search(text + name):
         fault = "is not UTF-8"
+    name = _printable(name)
     return FastaRow(index, text, None if fault is None else f"row {index + 1} ({name}) {fault}", name)
+
+
+def _printable(name: str) -> str:
+    """A name in which bytes that are not UTF-8 have become question marks."""
+    return NOT_UTF8.sub("\ufffd", name)

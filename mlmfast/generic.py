@@ -11,6 +11,7 @@ refuses a model whose predictions are none that a score could be read from.
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,9 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mlmfast.architectures import FAMILIES, family_module
@@ -36,6 +38,8 @@ from mlmfast.reference.vocab_rows import row_chunks
 FAMILY = "generic"
 # Whose code a family's file stands for.
 LIBRARIES = ("torch.", "transformers.")
+ACTIVATIONS = {type(ACT2FN[name]) for name in ACT2FN} - {nn.Identity}
+OWN_ACTIVATION = re.compile(r"pooler|generator_predictions|contact_head")
 # The probe's sequences: some that are computed together and alone, and one beyond the chunks of 64 tokens below which
 # models that hash (Reformer) do not.
 TOGETHER = (3, 7)
@@ -419,12 +423,16 @@ def foreign(model: Any) -> str | None:
     """What of a live model its family's file cannot see: code that is not transformers' own. None if there is none."""
     if masked_class(model) is None:
         return f"a {type(model).__name__} is none of transformers' own masked models"
-    return foreign_module(model.named_modules())
+    return foreign_module(model.named_modules(), model.config)
 
 
-def foreign_module(modules: Iterable[tuple[str, Any]]) -> str | None:
-    """The first of some named modules whose code is not transformers' own, and why; None if there is none."""
+def foreign_module(modules: Iterable[tuple[str, Any]], config: Any) -> str | None:
+    """The first of some named modules that are not as transformers makes them of a config, and why; None if all are."""
+    named = {type(ACT2FN[value]) for value in vars(config).values() if isinstance(value, str) and value in ACT2FN}
     for name, module in modules:
+        # Families read the activation's name in the config. Those of a head or pooler need not be named there.
+        if type(module) in ACTIVATIONS - named and not OWN_ACTIVATION.search(name):
+            return f"{name} ({type(module).__name__}) is an activation that the config does not name"
         what = f"{name or 'the model'} ({type(module).__name__})"
         forward = getattr(module.forward, "accelerated", module.forward)  # by mlmfast itself: the same numbers
         forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # torch.compile changes nothing

@@ -25,7 +25,7 @@ from mlmfast.tokenization import EncodedText, TextEncoder
 # Of mlmfast.masking: a residue is masked alone, or none is.
 METRICS = ("original", "unmasked")
 STRATEGIES = ("masked-marginals", "wt-marginals", "pseudo-ppl")
-SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
+SUBSTITUTION = re.compile(r"([A-Za-z])(-?[0-9]{1,15})([A-Za-z])")
 # Windows of mutants that are planned together; each residue of a long sequence has its own.
 PARTS = 1 << 16
 
@@ -144,7 +144,10 @@ def mutation_effects(
 
 
 class Effects:
-    """Scores mutants of one wild type, whose rows are computed once: arguments as in :func:`mutation_effects`."""
+    """Scores mutants of one wild type: arguments as in :func:`mutation_effects`.
+
+    What the model predicts in the wild type is computed once and kept; after its weights have changed make another.
+    """
 
     def __init__(
         self,
@@ -157,6 +160,8 @@ class Effects:
     ) -> None:
         if strategy not in STRATEGIES:
             raise RequestError(f"strategy {strategy!r} is not known; choose one of {', '.join(STRATEGIES)}")
+        if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)):
+            raise RequestError(f"offset={offset!r} is not the number of the first residue")
         _window(lm, window)
         self._lm, self._strategy, self._offset, self._limit = lm, strategy, offset, window
         (wild,) = residues(lm, [sequence])
@@ -282,6 +287,8 @@ def _judged(lm: MaskedLM, text: str, encoded: EncodedText | TextError) -> Residu
     same = [letter.upper() == piece.upper() for letter, piece in zip(text, pieces)]
     if len(pieces) == len(text) and all(same):
         return Residues(text, encoded.sequence, positions)
+    if False not in same and text != text.strip():
+        return "has white space around its letters: take it out"
     place = same.index(False) if False in same else min(len(text), len(pieces)) - 1
     return (
         f"has {len(text)} letters that {lm.name} reads as {len(pieces)} tokens, from letter {place + 1} on "

@@ -132,7 +132,7 @@ def _rows(source: str, format: str, field: str) -> Iterator[Row]:
         try:
             value = next(values, None)
         except Exception as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 if isinstance(error, OSError):
                     raise RequestError(f"cannot read {source}: {error.strerror or error}") from error
                 raise
@@ -151,7 +151,7 @@ def _rows(source: str, format: str, field: str) -> Iterator[Row]:
             yield Row(index, value)
 
 
-def _is_damage(error: Exception) -> bool:
+def is_damage(error: Exception) -> bool:
     """Whether the content is at fault, not the machine: bz2 and gzip raise an OSError that has no errno for it."""
     return isinstance(error, DAMAGE) or (isinstance(error, OSError) and error.errno is None)
 

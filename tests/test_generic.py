@@ -531,6 +531,16 @@ def test_a_familys_class_with_another_forward_is_generic() -> None:
     assert mlmfast.load(perturb(Same(config)), tokenizer).family == "bert"
 
 
+def test_an_activation_that_the_config_does_not_name_is_generic() -> None:
+    """Families read its name in the config."""
+    tokenizer = bert_pieces()
+    model = small_bert(len(tokenizer))
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = torch.nn.ReLU()
+    with pytest.warns(UserWarning, match=r"layer.1.*\(ReLU\) is an activation.*own code computes it"):
+        lm = mlmfast.load(model, tokenizer)
+    assert_score(lm.score([TEXTS[0]])[0], reference_loop(forward_of(model), tokenizer, TEXTS[0]))
+
+
 def test_a_vocabulary_that_grows_is_seen() -> None:
     model, tokenizer = small("megatron-bert"), copy.deepcopy(bert_pieces())
     lm = mlmfast.load(model, tokenizer)

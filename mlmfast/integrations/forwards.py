@@ -79,6 +79,9 @@ class Forward:
     def __init__(self, module: nn.Module, server: Server, backend: str) -> None:
         functools.update_wrapper(self, module.forward)
         self.__signature__ = inspect.signature(module.forward)  # which Trainer reads
+        code = getattr(inspect.unwrap(module.forward), "__code__", None)
+        if code is not None:
+            self.__code__ = code  # which torch.export reads
         self.accelerated: Callable[..., Any] = module.forward
         self.server = server
         self.backend = backend

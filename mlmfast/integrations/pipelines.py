@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -62,6 +62,8 @@ class PseudoLogLikelihoodPipeline(Pipeline):
             return self._dicts([inputs], options)[0]
         if isinstance(inputs, (list, tuple)):
             return self._dicts(list(inputs), options)
+        if isinstance(inputs, Mapping) or not isinstance(inputs, Iterable):
+            raise RequestError(f"{TASK} takes a text, or texts, not a {type(inputs).__name__}")
         return self._stream(inputs, batch_size or self._batch_size or TOGETHER, options)
 
     def _stream(self, texts: Iterable[str], together: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -84,7 +84,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Acceleration:
                 if obstacle is not None:
                     warnings.warn(f"accelerate: {obstacle}, so the original code computes it", stacklevel=2)
                 forward = Forward(module, encoder, backend)
-            elif forward is None and "labels" in inspect.signature(module.forward).parameters:
+            elif forward is None and {"labels", "start_positions"} & set(inspect.signature(module.forward).parameters):
                 forward = Forward(module, _Labelled(), backend)
             if forward is not None:
                 handle.join(forward)
@@ -103,11 +103,16 @@ class _Labelled:
         except TypeError:
             return forward.accelerated(*args, **kwargs)  # which says what is wrong
         ids, mask, labels = (given.get(name) for name in ("input_ids", "attention_mask", "labels"))
-        if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and isinstance(labels, Tensor)):
+        if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.shape != mask.shape:
             return forward.accelerated(*args, **kwargs)
-        if not ids.shape == mask.shape == labels.shape or not (labels[mask == 0] != NO_LABEL).any():
+        padding = mask == 0
+        if given.get("start_positions") is not None and padding.any():
+            reason = "the loss of a span is taken over all columns, so that it reads padding's states"
+        elif isinstance(labels, Tensor) and labels.shape == ids.shape and (labels[padding] != NO_LABEL).any():
+            reason = f"padding has labels other than {NO_LABEL}, so that the loss reads its states"
+        else:
             return forward.accelerated(*args, **kwargs)
-        token = _passing.set(f"padding has labels other than {NO_LABEL}, so that the loss reads its states")
+        token = _passing.set(reason)
         try:
             return forward.accelerated(*args, **kwargs)
         finally:
@@ -231,6 +236,10 @@ class _Encoder:
             yield "autocast is on"
         if torch.jit.is_tracing():
             yield "the call is being traced"
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+            yield "torch.func or forward-mode differentiation is at work"
+        if device == "cuda" and torch.cuda.is_current_stream_capturing():
+            yield "a CUDA graph is being recorded"
         if torch.nn.modules.module._has_any_global_hook():
             yield "there are hooks on all modules"
 
@@ -247,7 +256,7 @@ class _Encoder:
         if attention is not None and not attention.__module__.startswith("transformers."):
             yield f"the attention {name!r} is not transformers' own"
         inside = itertools.islice(self._base.named_modules(), 1, None)  # hooks on the encoder itself are called
-        other = foreign_module(inside)
+        other = foreign_module(inside, config)
         if other is not None:
             yield other
         services = backends.report(weight.device.type, weight.dtype)
@@ -284,6 +293,8 @@ class _Encoder:
             raise _Pass("attention_mask holds other values than 0 and 1")
         if told[2] > 1:
             raise _Pass("attention_mask has holes")
+        if not any(lengths):
+            raise _Pass("no token is attended")
         if not told[1] and not self._tokenwise:
             raise _Pass("padding stands in the first column, which a head may read")
         if min(told[3], told[5]) < 0 or told[4] >= spec.vocab_size or (table is not None and greatest >= len(table)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
@@ -275,6 +276,8 @@ def test_dna() -> None:
         ("K2", "'K2' is not a substitution"),
         ("K2A:T3", "'T3' is not a substitution"),
         ("", "'' is not a substitution"),
+        ("K" + "2" * 5000 + "A", "is not a substitution"),
+        ("K\u0662A", "is not a substitution"),
         ("K2A:K2G", "residue 2 is replaced twice"),
         ("K2J", "no token for residue J"),
     ],
@@ -301,6 +304,10 @@ def test_refusals(lm: MaskedLM) -> None:
         masked_marginals(lm, WILD)
     with pytest.raises(RequestError, match="metric 'window' does not apply"):
         masked_marginals(lm, [WILD], metric="window")
+    with pytest.raises(TextError, match="white space around"):
+        pseudo_perplexity(lm, ["MDE\n"])
+    with pytest.raises(RequestError, match="offset='1'"):
+        mutation_effects(lm, WILD, MUTANTS, offset="1")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="strategy 'best' is not known"):
         mutation_effects(lm, WILD, MUTANTS, strategy="best")
     with pytest.raises(RequestError, match="window=4 is too small"):
@@ -347,8 +354,29 @@ def test_pppl_command(folder: str, lm: MaskedLM, tmp_path: Path) -> None:
     assert first["perplexity"] == pytest.approx(pseudo_perplexity(lm, [WILD])[0], rel=1e-5)
     assert first["name"] == "a" and len(first["logprobs"]) == len(WILD)
     assert second["error"].startswith("row 2 has 3 letters") and second["name"] == "b"
-    assert third["error"] == "row 3 (empty) has a name and no residues"
+    assert third["error"] == "row 3 (empty) has a name and no residues" and third["name"] == "empty"
     assert "3 rows, 2 with an error" in result.stderr
+
+
+def test_a_damaged_file(folder: str, tmp_path: Path) -> None:
+    """What came before the damage is computed, as with text files."""
+    whole = "".join(f">p{i}\n{''.join(np.random.default_rng(i).choice(list(WILD), 40))}\n" for i in range(200))
+    damaged, output = tmp_path / "half.fasta.gz", tmp_path / "out.jsonl"
+    damaged.write_bytes(gzip.compress(whole.encode())[:4000])
+    result = invoke("pppl", str(damaged), "--model", folder, "--output", str(output))
+    assert result.exit_code == 1, result.stderr
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(found) > 50 and [one["name"] for one in found] == [f"p{i}" for i in range(len(found))]
+    assert all("error" not in one for one in found[:-1]) and "is damaged" in found[-1]["error"]
+    damaged.write_bytes(gzip.compress(b"")[:5])
+    assert invoke("pppl", str(damaged), "--model", folder).exit_code == 2
+
+
+def test_a_name_that_is_not_utf8(folder: str, tmp_path: Path) -> None:
+    strange = tmp_path / "strange.fasta"
+    strange.write_bytes(b">a\xe9\nMDE\n")
+    (found,) = records(invoke("pppl", str(strange), "--model", folder))
+    assert found == {"text": "MDE", "error": "row 1 (a\ufffd) is not UTF-8", "name": "a\ufffd"}
 
 
 @pytest.mark.parametrize("strategy", proteins.STRATEGIES)
@@ -365,6 +393,7 @@ def test_mutations_command(folder: str, lm: MaskedLM, tmp_path: Path, strategy: 
     wanted = mutation_effects(lm, WILD, MUTANTS, strategy=strategy)
     assert_near(np.array([one["effect"] for one in found[:-1]]), np.array(wanted), 1e-5)
     assert found[-1]["error"] == "row 6 (A2G): residue 2 is K, not A; is offset=1 right?"
+    assert "1 with an error scored in" in result.stderr  # and no count of tokens
     result = invoke("mutations", "--model", folder, "--sequence", WILD, "--strategy", strategy, text="K2A\n")
     assert result.exit_code == 0 and records(result)[0]["effect"] == pytest.approx(wanted[0], rel=1e-5)
 
@@ -386,6 +415,10 @@ def test_mutations_command(folder: str, lm: MaskedLM, tmp_path: Path, strategy: 
         (["marginals", "good.fasta", "--residues", "AJ"], "no token for 'J'"),
         (["mutations", "good.txt", "--sequence", "MJE"], "has 3 letters"),
         (["mutations", "good.txt", "--fasta", "two.fasta"], "holds 2 sequences"),
+        (["mutations", "good.txt", "--fasta", "good.fasta", "--output", "good.fasta"], "is the input"),
+        (["mutations", "-", "--fasta", "-"], "standard input"),
+        (["mutations", "good.txt", "--sequence", "MDE", "--field", "mutant"], "mutant"),
+        (["marginals", "good.fasta", "--residues", ""], "--residues is empty"),
     ],
 )
 def test_wrong_requests(

@@ -205,6 +205,20 @@ def test_models(bert_folder: Path, bert_model: Any, bert_tokenizer: Any) -> None
         infolm(PREDS, TARGET, bert_folder, information_measure="renyi_divergence", **options)
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_equal_texts_are_no_distance_apart(bert_folder: Path, measure: str) -> None:
+    """The arccosine of what float32 probabilities lack to a sum of 1 would be a distance of 3e-4."""
+    options: dict[str, Any] = {"information_measure": measure, "idf": False, "verbose": False, **MEASURES[measure]}
+    scores = infolm(PREDS, PREDS, bert_folder, return_sentence_level_score=True, **options)[1]
+    assert float(scores.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("longest", [0, 2])
+def test_a_length_without_room(bert_folder: Path, longest: int) -> None:
+    with pytest.raises(RequestError, match=f"max_length={longest} leaves no room"):
+        infolm(PREDS, TARGET, bert_folder, max_length=longest, verbose=False)
+
+
 def test_nothing_to_compare(bert_folder: Path) -> None:
     """torchmetrics gives 0 of a text without weights, and so do we, but with a warning."""
     for preds, target, idf in (("", "A cat.", False), ("A cat.", "A cat!", True)):

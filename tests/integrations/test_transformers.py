@@ -273,6 +273,24 @@ def test_losses(bert_tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         assert handle.served == 2
 
 
+@torch.no_grad()
+def test_losses_of_spans(bert_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Its cross-entropy is over all columns: those of padding count."""
+    torch.manual_seed(0)
+    config = small_bert(len(bert_tokenizer)).config
+    answering = transformers.BertForQuestionAnswering(config).eval()
+    given = batch(bert_tokenizer)
+    places = torch.ones(len(given["input_ids"]), dtype=torch.long)
+    wanted = answering(**given, start_positions=places, end_positions=places)
+    with accelerated(answering) as handle:
+        got = answering(**given, start_positions=places, end_positions=places)
+        assert torch.equal(got.loss, wanted.loss) and handle.passed == 1
+        assert "padding" in str(handle.reason)
+        whole = {name: value[:1, :3] for name, value in given.items()}
+        answering(**whole, start_positions=places[:1], end_positions=places[:1])
+        assert handle.served == 1
+
+
 def test_the_fill_mask_pipeline(bert_tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     fill = transformers.pipeline("fill-mask", model=model, tokenizer=bert_tokenizer, device=-1)
     texts = [text.replace("the", bert_tokenizer.mask_token, 1) for text in sentences(9) if " the " in text]

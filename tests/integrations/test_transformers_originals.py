@@ -15,7 +15,9 @@ from accelerated import KERNELS, accelerated, batch
 from checkpoints import TEXTS, small_bert, small_deberta
 from families import HOLDS
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from truth import assert_near
 
 import mlmfast
@@ -78,6 +80,16 @@ def with_an_adapter(model: PreTrainedModel, given: dict[str, Any]) -> None:
 
 def with_an_unknown_activation(model: PreTrainedModel, given: dict[str, Any]) -> None:
     model.config.hidden_act = "silu"
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = ACT2FN["silu"].eval()
+
+
+def with_another_activation(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU().eval()
+
+
+def with_no_token_attended(model: PreTrainedModel, given: dict[str, Any]) -> None:
+    given["attention_mask"] = torch.zeros_like(given["input_ids"])
 
 
 def with_an_attention_of_ones_own(model: PreTrainedModel, given: dict[str, Any]) -> None:
@@ -110,6 +122,8 @@ PASSED = {
     with_a_hook_inside: "has a hook",
     with_an_adapter: "has a forward",
     with_an_unknown_activation: "hidden_act",
+    with_another_activation: "is an activation that the config does not name",
+    with_no_token_attended: "no token is attended",
     with_an_attention_of_ones_own: "doubled",
     in_another_dtype: "no kernels for float64",
 }
@@ -349,6 +363,31 @@ def test_compiled_afterwards_it_is_the_original(
         got = torch.compile(model, backend="eager")(**given).logits
     assert_near(got.numpy(), wanted.numpy(), 1e-6)
     assert handle.served == 0
+
+
+@torch.no_grad()
+def test_other_ways_of_running_a_model(bert_tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """torch.export reads the forward's code; torch.func and forward-mode differentiation pass through no op of ours."""
+    given = dict(batch(bert_tokenizer))
+    weight = model.bert.embeddings.LayerNorm.bias
+    model.set_attn_implementation("eager")  # torch's own fused attention has no tangents
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            name = "bert.embeddings.LayerNorm.bias"
+            dual = {name: forward_ad.make_dual(weight, torch.ones_like(weight))}
+            out = torch.func.functional_call(model, dual, (), given).logits
+            return forward_ad.unpack_dual(out).tangent
+
+    def mapped() -> Tensor:
+        return torch.func.vmap(lambda ids: model(ids[None]).logits[0])(given["input_ids"])
+
+    wanted = tangent(), mapped(), model(**given).logits
+    with accelerated(model) as handle:
+        got = tangent(), mapped(), torch.export.export(model, (), given).module()(**given).logits
+        assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+        assert_near(got[2].numpy(), wanted[2].numpy(), 1e-6)
+        assert handle.served == 0 and "torch.func" in str(handle.reason)
 
 
 def test_the_repr_says_what_happened(bert_tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

@@ -75,6 +75,12 @@ def test_a_stream_is_scored_a_window_at_a_time(scorer: Any) -> None:
     assert [one["text"] for one in found] == texts[1:]
 
 
+@pytest.mark.parametrize("given", [{"text": "The cat."}, None, 3])
+def test_what_is_no_text(scorer: Any, given: Any) -> None:
+    with pytest.raises(RequestError, match="takes a text, or texts, not a"):
+        scorer(given)
+
+
 def test_a_text_that_cannot_be_scored(scorer: Any) -> None:
     texts = [TEXTS[0], "", TEXTS[1]]
     with pytest.raises(TextError):
