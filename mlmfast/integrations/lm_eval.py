@@ -16,6 +16,7 @@ Importing this module makes the name known to lm_eval; releases that read entry 
 from __future__ import annotations
 
 import atexit
+import inspect
 import json
 import logging
 import os
@@ -47,6 +48,8 @@ except ImportError as error:
     ) from error
 
 NAME = "mlmfast"
+# Of mlmfast.load, what the command line can give.
+LOADING = [name for name in inspect.signature(mlmfast.load).parameters if name not in ("model", "tokenizer", "device")]
 REDUCTIONS = ("sum", "mean")
 COMPATIBLE = (None, "hf-mlm")
 # As lm_eval calls them, the first that is given counts.
@@ -141,8 +144,16 @@ class MLMFastLM(LM):
             device = "cpu"
         elif torch.cuda.is_available() and self.world_size > 1 and not str(device).startswith("cpu"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        if compatible == "hf-mlm":
-            options.setdefault("semantics", "upstream")  # transformers' own numbers are what is asked for
+        unknown = sorted(set(options) - set(LOADING))
+        if unknown:
+            raise RequestError(
+                f"the model {NAME} has no argument {', '.join(unknown)}; beside its own it takes mlmfast.load's: "
+                + ", ".join(LOADING)
+            )
+        for name, value in (("rolling_tokens", rolling_tokens), ("max_gen_toks", max_gen_toks)):
+            if not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name}={value!r} is not a whole number from 1")
+        options.setdefault("semantics", "upstream")  # transformers' own numbers, as in every integration
         self.lm = mlmfast.load(pretrained, tokenizer, device="auto" if device is None else device, **options)
         self._device = self.lm.device
         self._alone: dict[str, float] = {}  # continuation -> what it has after the unconditional prompt
@@ -169,7 +180,7 @@ class MLMFastLM(LM):
         return [found[pair] for pair in pairs]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The PLL of each whole text; a text without tokens has 0.
+        """The PLL of each whole text; an empty one has 0.
 
         A text of more than ``rolling_tokens`` is cut into windows of so many, and every token is scored in one of them,
         beside the window's other tokens. As lm_eval does it, the last window reaches back to its full length.
@@ -317,14 +328,23 @@ class MLMFastLM(LM):
                 f"{longest} tokens, {frame} of them special tokens and masks; ask for fewer by --gen_kwargs"
             )
         encoded = tokenizer(prompts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        fitting = [
-            prompt if len(offsets) <= room else prompt[offsets[-room][0] :]
-            for prompt, offsets in zip(prompts, encoded["offset_mapping"])
-        ]
+        fitting = [self._end(prompt, offsets, room) for prompt, offsets in zip(prompts, encoded["offset_mapping"])]
         shortened = sum(a != b for a, b in zip(prompts, fitting))
         if shortened:
             log.warning("%d of %d contexts lost their beginnings: %d tokens fit", shortened, len(prompts), room)
         return fitting
+
+    def _end(self, prompt: str, offsets: Sequence[tuple[int, int]], room: int) -> str:
+        """The end of a prompt that has at most so many tokens."""
+        start = max(0, len(offsets) - room)
+        while start:
+            end = prompt[offsets[start][0] :] if start < len(offsets) else ""
+            # Cut inside a word it may have more tokens than it had there.
+            more = len(self.lm.tokenizer(end, add_special_tokens=False, verbose=False)["input_ids"]) - room
+            if more <= 0:
+                return end
+            start += more
+        return prompt
 
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=f"Running {what} requests", disable=disable or self.rank != 0)
@@ -409,12 +429,13 @@ def generation_settings(given: Mapping[str, Any], most: int) -> tuple[list[str],
     As for lm_eval's other models, a temperature of 0 and ``do_sample=False`` are greedy, whatever else is set.
     """
     settings = {"num_masks": 3, **given}
-    until = settings.pop("until", None) or []
-    until = [one for one in ([until] if isinstance(until, str) else until) if one]
+    given_strings = [settings.pop(name, None) or [] for name in ("until", "stop_strings")]
+    until = [one for some in given_strings for one in ([some] if isinstance(some, str) else some) if one]
     lengths = [settings.pop(name, None) for name in LENGTHS]
     settings["max_new_tokens"] = int(next((one for one in lengths if one is not None), most))
-    if settings.get("do_sample") is None:
-        settings["do_sample"] = float(settings.get("temperature") or 0) > 0
+    warmth = float(settings.get("temperature") or 0)
+    if settings.get("do_sample") is None or settings.get("temperature") is not None:
+        settings["do_sample"] = settings.get("do_sample") is not False and warmth > 0
     if not settings["do_sample"]:
         settings = {name: value for name, value in settings.items() if name not in SAMPLING}
     if settings.get("num_return_sequences") not in (None, 1):

@@ -283,6 +283,8 @@ class MaskedLMScorer:
         Words are runs of letters, digits and apostrophes; every other character but white space is one of its own.
         """
         texts = _listed(batch)
+        if not texts:
+            return []
         if not self.tokenizer.is_fast:
             raise RequestError("word_score() needs each token's place in the text: load a fast tokenizer")
         encoded = self.encode(texts, manual_special=False)
@@ -335,16 +337,17 @@ class MaskedLMScorer:
         if not pairs:
             return []
         encoded = self.encode([sentence for sentence, _ in pairs], manual_special=False)
-        places = [self._find(encoded, i, sentence, word, metric) for i, (sentence, word) in enumerate(pairs)]
+        whole = PLL_metric == "within_word_l2r"  # as in minicons not for the constructor's
+        places = [self._find(encoded, i, sentence, word, whole) for i, (sentence, word) in enumerate(pairs)]
         starts, ends = [start for start, _ in places], [end for _, end in places]
         rows = self.get_masked_tensors(encoded, metric, starts, ends)
         totals = [float(score.sum()) for score in self.compute_stats(rows, return_tensors=True)]
         return [math.exp(total) for total in totals] if probs else totals
 
-    def _find(self, encoded: BatchEncoding, i: int, sentence: str, word: str, metric: str) -> tuple[int, int]:
-        """From where to where a word's tokens stand: at first, or for ``within_word_l2r`` at last as a whole word."""
+    def _find(self, encoded: BatchEncoding, i: int, sentence: str, word: str, whole: bool) -> tuple[int, int]:
+        """From where to where a word's tokens stand: at first, or at last as a whole word."""
         ids = list(encoded["input_ids"][i])
-        words = encoded.word_ids(i) if metric == "within_word_l2r" else None
+        words = encoded.word_ids(i) if whole else None
         for spelling in (word, f" {word}"):  # a byte-level tokenizer spells a word otherwise after a space
             wanted = self.tokenizer(spelling, add_special_tokens=False, verbose=False)["input_ids"]
             n = len(wanted)
@@ -379,10 +382,19 @@ class MaskedLMScorer:
         found = [values["logprobs"] for values in read_rows_of(self.lm, batch, read_rows()) if values]
         return torch.from_numpy(np.concatenate([np.zeros((0, self.lm.vocab_size), np.float32), *found]))
 
-    def entropy(self, sentence_words: Blanks, space: list[list[str]] | None = None, base_two: bool = False) -> Tensor:
-        """Entropy ``[n]`` of :meth:`cloze_distribution`, or among the words of ``space[n]`` only."""
+    def entropy(
+        self, sentence_words: Blanks, space: list[list[str]] | list[str] | None = None, base_two: bool = False
+    ) -> Tensor:
+        """Entropy ``[n]`` of :meth:`cloze_distribution`, or among the words of ``space[n]`` only.
+
+        Of a single query ``space`` may be a list of words.
+        """
         found = list(self.cloze_distribution(sentence_words))
         if space is not None:
+            if space and isinstance(space[0], str):
+                space = [[str(word) for word in space]]
+            if len(space) != len(found):
+                raise RequestError(f"space has words for {len(space)} queries, and there are {len(found)}")
             found = [row[[self._likeliest(row, word) for word in words]] for row, words in zip(found, space)]
         logprobs = [row.log_softmax(0) for row in found]  # of a part of the vocabulary: they sum to one again
         bits = [-(row.exp() * row).sum() / (math.log(2) if base_two else 1.0) for row in logprobs]

@@ -107,6 +107,18 @@ def test_reduction_temperature_and_unconditional_prompt(families: dict[str, Fami
         alone = one.truth("Answer:", " " + pair[0][len(kept) :] + pair[1]).logprobs
         truth = one.truth(*scored).logprobs
         assert_total(value, np.concatenate([truth, -alone]), pair)
+    both = asked(one.lm(reduction="mean", unconditional_prompt="Answer:"), pairs)
+    for (pair, scored), (value, _) in zip(ASKED, both):
+        kept = pair[0].rstrip()
+        alone = one.truth("Answer:", pair[0][len(kept) :] + pair[1]).logprobs
+        assert value == pytest.approx(one.truth(*scored).logprobs.mean() - alone.mean(), rel=1e-4, abs=2e-4), pair
+
+
+def test_wrong_arguments(families: dict[str, Family]) -> None:
+    one = families["bert"]
+    for wrong in ({"foo": 1}, {"max_length": 10}, {"rolling_tokens": "x"}, {"max_gen_toks": 0}):
+        with pytest.raises(RequestError, match=next(iter(wrong))):
+            one.lm(**wrong)
 
 
 def test_a_long_context_loses_its_beginning(families: dict[str, Family], caplog: pytest.LogCaptureFixture) -> None:
@@ -190,7 +202,8 @@ def test_hf_mlm_has_its_own_metric(families: dict[str, Family]) -> None:
         with pytest.raises(RequestError, match="hf-mlm' fixes"):
             one.lm(compatible="hf-mlm", **arguments)
     assert MLMFastLM("tiny", compatible="hf-mlm", reduction="mean", temperature=1).lm.semantics == "upstream"
-    assert MLMFastLM("tiny").lm.semantics == "trained"
+    assert MLMFastLM("tiny", semantics="trained").lm.semantics == "trained"
+    assert MLMFastLM("tiny").lm.semantics == "upstream"
     for arguments in ({"compatible": "hf"}, {"reduction": "max"}, {"metric": "pll"}):
         with pytest.raises(RequestError, match="not known"):
             one.lm(**arguments)
@@ -217,11 +230,15 @@ def test_generate_until_is_the_loop(families: dict[str, Family], family: str) ->
         (prompts[0], {"until": texts[0][2], "max_tokens": 8}),
         (prompts[0], {"until": ["", "never"], "max_gen_toks": 3}),
         (prompts[1], {"until": None}),
+        (prompts[2], {"until": [texts[2][5:7], texts[2][1:3]], "max_gen_toks": 8}),  # the second comes first
+        (prompts[2], {"until": "never", "stop_strings": [texts[2][3:5]], "max_gen_toks": 8}),
+        (prompts[0], {"max_gen_toks": 3, "max_new_tokens": 8, "do_sample": True, "temperature": 0.0}),
     ]
     given = copy.deepcopy(requests)
     found = one.lm(max_gen_toks=8).generate_until(instances("generate_until", requests), True)
     cut = [texts[1].split(texts[1][3:5])[0], texts[0].split(texts[0][2])[0]]
-    assert found == [texts[0], cut[0], texts[2], cut[1], short, texts[1]]
+    assert found[:6] == [texts[0], cut[0], texts[2], cut[1], short, texts[1]]
+    assert found[6:] == [texts[2].split(texts[2][1:3])[0], texts[2].split(texts[2][3:5])[0], short]
     assert cut[0] != texts[1] and cut[1] != texts[0]
     assert requests == given  # lm_eval's cache finds them by these
 
@@ -247,6 +264,45 @@ def test_generate_until_makes_room_and_samples(families: dict[str, Family], capl
     assert len(set(first)) > 1
     torch.manual_seed(3)
     assert lm.generate_until(drawn, True) == first
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_every_cut_prompt_leaves_room(families: dict[str, Family], family: str) -> None:
+    """Cut inside a word, or before a space, a prompt may have more tokens than it had there."""
+    lm = families[family].lm()
+    tokenizer, room = lm.tokenizer, HELD - 2 - 3
+    sentences = checkpoints.sentences(160)
+    prompts = [" ".join(sentences[i : i + 12]) for i in range(0, 144, 2)]
+    counts = []
+    for prompt in prompts:
+        (cut,) = lm._fitting([prompt], {"num_masks": 3, "max_new_tokens": 1})
+        assert prompt.endswith(cut)
+        counts.append(len(tokenizer(cut, add_special_tokens=False)["input_ids"]))
+    assert max(counts) == room and min(counts) > room - 8
+    found = lm.generate_until(instances("generate_until", [(prompt, {"max_gen_toks": 1}) for prompt in prompts]), True)
+    assert len(found) == len(prompts)
+
+
+def test_cache_keeps_what_is_answered(families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole texts' sums, answers as they are returned, by the arguments that lm_eval asks with."""
+    lm = families["bert"].lm(rolling_tokens=16)
+    kept: list[Any] = []
+
+    class Hook:
+        def add_partial(self, attr: str, request: Any, answer: Any) -> None:
+            kept.append((attr, request, answer))
+
+    lm.set_cache_hook(Hook())
+    monkeypatch.setattr(importlib.import_module(MLMFastLM.__module__), "WINDOWS", 2)
+    texts = [checkpoints.long_text(lm.tokenizer, n) for n in (60, 9, 41)]
+    totals = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]), True)
+    assert kept == [("loglikelihood_rolling", (text,), total) for text, total in zip(texts, totals)]
+    kept.clear()
+    (whole,) = lm.generate_until(instances("generate_until", [("The cat", {"max_gen_toks": 6})]), True)
+    settings = {"until": [whole[2:4]], "max_gen_toks": 6}
+    (cut,) = lm.generate_until(instances("generate_until", [("The cat", settings)]), True)
+    assert cut == whole.split(whole[2:4])[0] != whole
+    assert kept[1:] == [("generate_until", ("The cat", settings), cut)]
 
 
 def test_cache_keeps_what_was_computed_before_an_error(

@@ -247,6 +247,33 @@ def test_two_processes(folder: Path, tasks: Path, tmp_path: Path) -> None:
     assert both[:PAIRS] == pytest.approx(both[PAIRS:], rel=1e-5)
 
 
+GATHER = """
+import sys
+import torch
+from mlmfast.integrations.lm_eval import MLMFastLM
+
+lm = MLMFastLM(sys.argv[1], device="cpu")
+assert lm.world_size == 2
+assert lm.all_gather(torch.tensor(lm.rank + 5)).tolist() == [5, 6]
+assert lm.all_gather(torch.tensor([lm.rank, 7])).tolist() == [0, 7, 1, 7]
+assert lm.gather_object({"rank": lm.rank}) == ([{"rank": 0}, {"rank": 1}] if lm.rank == 0 else None)
+lm.barrier()
+"""
+
+
+def test_gathering(folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    line = [sys.executable, "-c", GATHER, str(folder)]
+    running = [
+        subprocess.Popen(line, cwd=tmp_path, env=environment(tmp_path, **shared, RANK=rank, LOCAL_RANK=rank))
+        for rank in range(2)
+    ]
+    assert [one.wait(timeout=300) for one in running] == [0, 0]
+
+
 def test_the_name_is_known_and_so_are_the_others() -> None:
     assert get_model("mlmfast") is MLMFastLM
     assert "hf" in model_registry

@@ -215,6 +215,10 @@ def test_distributions(pair: Pair, checkpoint: tuple[PreTrainedModel, PreTrained
             assert_near(ours.entropy(queries, base_two=base_two).numpy(), theirs.entropy(queries, base_two=base_two))
         space = [["a", "the"], ["the", "a"]]
         assert_near(ours.entropy(queries, space).numpy(), theirs.entropy(queries, space).numpy())
+        assert_near(ours.entropy(queries[0], space[0]).numpy(), theirs.entropy(queries[0], space[0]).numpy())
+        assert float(ours.entropy(queries[0], space[0])) > 0.01
+        with pytest.raises(RequestError, match="1 queries, and there are 2"):
+            ours.entropy(queries, space[0])
     # These two fail in minicons.
     rows = ours.distribution(ours.prepare_text(BATCH[1]))
     (scores,) = ours.compute_stats(ours.prepare_text(BATCH[1]))
@@ -244,6 +248,11 @@ def test_the_constructors_metric_holds(
     assert_same(
         ours.conditional_score(PREFIXES, STIMULI), theirs.conditional_score(PREFIXES, STIMULI, PLL_metric=metric)
     )
+    # minicons asks for the last whole word only where the call itself names the metric.
+    same = minicons.MaskedLMScorer(model, "cpu", tokenizer=tokenizer, PLL_metric=metric)
+    space = " " if model.config.model_type == "roberta" else ""  # else minicons does not find a word after a space
+    for sentence, word in (("The cat and the cat sleep.", "cat"), ("The small cat watches.", "small cat")):
+        assert_same(ours.cloze([(sentence, space + word)]), same.cloze([(sentence, space + word)]))
 
 
 def test_word_score(pair: Pair, checkpoint: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
@@ -252,6 +261,7 @@ def test_word_score(pair: Pair, checkpoint: tuple[PreTrainedModel, PreTrainedTok
     model, tokenizer = checkpoint
     with pytest.raises(TypeError):
         theirs.word_score(BATCH)
+    assert ours.word_score([]) == []
     text = "Unbelievable gardeners: repainted, 'yellow'?  "
     words = ["Unbelievable", "gardeners", ":", "repainted", ",", "'yellow'", "?"]
     bounds = [(text.index(word), text.index(word) + len(word)) for word in words]
