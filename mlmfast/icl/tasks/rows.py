@@ -19,7 +19,7 @@ class Rows(list[dict[str, Any]]):
 
     def __init__(self, rows: Iterable[dict[str, Any]], fields: Iterable[str]) -> None:
         super().__init__(rows)
-        self.features = dict.fromkeys([*fields, INDEX])
+        self.features = dict.fromkeys([*(name.partition(".")[0] for name in fields), INDEX])
 
 
 class Splits(Mapping[str, Rows]):
@@ -105,14 +105,17 @@ def checked(
     """A row's declared fields, the label as a number, and the row's place.
 
     Args:
-        fields: field -> kind, a key of :data:`KINDS`, or ``"label"``.
+        fields: field -> kind, a key of :data:`KINDS`, or ``"label"``; ``answer.value`` is a field of a field.
         labels: class by class the words that name it; what else stands for it is its number.
     """
     kept: dict[str, Any] = {}
     for name, kind in fields.items():
-        if name not in row:
-            raise RequestError(f"{where}: there is no field {name!r}; the row has {', '.join(row) or 'none'}")
-        value = row[name]
+        top, _, inner = name.partition(".")
+        value: Any = row
+        for part in (top, inner) if inner else (top,):
+            if not isinstance(value, Mapping) or part not in value:
+                raise RequestError(f"{where}: there is no field {name!r}; the row has {', '.join(row) or 'none'}")
+            value = value[part]
         if kind == "label":
             value = label_of(value, labels)
             if value is None:
@@ -120,7 +123,7 @@ def checked(
                 raise RequestError(f"{where}: field {name!r} is {row[name]!r}, no label; labels are {known}")
         elif not KINDS[kind](value):
             raise RequestError(f"{where}: field {name!r} is {str(value)[:60]!r}, which is not {WORDS[kind]}")
-        kept[name] = value
+        kept[top] = row[top] if inner else value
     return {**kept, INDEX: index}
 
 

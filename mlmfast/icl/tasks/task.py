@@ -4,6 +4,8 @@ A YAML file says what lm_eval's say, and under ``metadata`` besides:
 
 ``fields``
     field of a row -> what it holds (:data:`mlmfast.icl.tasks.rows.KINDS`).
+``test_fields``
+    fields that only test rows need.
 ``labels``
     class by class the words that name it in a row.
 ``beside``, ``words``
@@ -14,23 +16,25 @@ A YAML file says what lm_eval's say, and under ``metadata`` besides:
 ``around``
     demonstrations come from the test split, none of them so near to the test example.
 
-``<br>`` in templates is the separator. Functions that a file names are called with the row and the separator.
+``<br>`` in templates and stop strings is the separator. A function for ``doc_to_text`` is called with the row and the
+separator; one for ``process_results`` as :mod:`mlmfast.icl.tasks.metrics` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.utils import apply_template
 
 from mlmfast.errors import RequestError
 from mlmfast.icl.tasks import PREFIX, SEED, SEPARATOR
 from mlmfast.icl.tasks.demonstrations import PerExample
-from mlmfast.icl.tasks.rows import Rows, Splits, checked, local_files, read_file
+from mlmfast.icl.tasks.rows import INDEX, Rows, Splits, checked, local_files, read_file
 
 BREAK = "<br>"
 SCORE = "score"
@@ -69,12 +73,16 @@ class ICLTask(ConfigurableTask):
         """The rows of ``metadata["data"]``; without an entry there, the Hub's."""
         metadata = self.config.metadata
         test, shots = self.config.test_split, self.config.fewshot_split
-        fields, labels = metadata["fields"], metadata.get("labels", [])
+        labels = metadata.get("labels", [])
+        fields = dict.fromkeys((shots, test), metadata["fields"])
+        fields[test] = fields[test] | metadata.get("test_fields", {})
         sources = metadata.get("data") or {}
         source = sources.get(self.name, sources.get(PREFIX + self.name))
         if source is not None:
             files = dict(zip((shots, test), reversed(local_files(self.name, source))))
-            self.dataset = Splits({split: partial(read_file, path, fields, labels) for split, path in files.items()})
+            self.dataset = Splits(
+                {split: partial(read_file, path, fields[split], labels) for split, path in files.items()}
+            )
             return
         from datasets import load_dataset
 
@@ -82,8 +90,9 @@ class ICLTask(ConfigurableTask):
 
         def read(split: str) -> Rows:
             where = f"{self.DATASET_PATH}, {split}"
-            rows = (checked(row, i, fields, labels, f"{where}, row {i + 1}") for i, row in enumerate(whole[split]))
-            return Rows(rows, fields)
+            columns = fields[split]
+            rows = (checked(row, i, columns, labels, f"{where}, row {i + 1}") for i, row in enumerate(whole[split]))
+            return Rows(rows, columns)
 
         self.dataset = Splits({split: partial(read, split) for split in {test, shots}})
 
@@ -129,7 +138,17 @@ class ICLTask(ConfigurableTask):
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> str:
         template = self.config.doc_to_text
-        return template(doc, self.separator) if callable(template) else super().doc_to_text(doc)
+        return template(doc, self.separator) if callable(template) else apply_template(template, doc)
+
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> Any:
+        """The right candidate's place; of a text to generate what it should be, or a list of what it may be."""
+        template = self.config.doc_to_target
+        if self.OUTPUT_TYPE != "multiple_choice" and isinstance(template, str):
+            return apply_template(template, doc)
+        target = super().doc_to_target(doc)
+        if self.OUTPUT_TYPE == "multiple_choice" and not 0 <= target < len(self.doc_to_choice(doc)):
+            raise RequestError(f"{self.name}, row {doc[INDEX] + 1}: the right candidate, {target}, is none of them")
+        return target
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **options: Any) -> list[Instance] | Instance:
         """A request a candidate, its span in the continuation; then, of some tasks, those without the question."""
@@ -147,8 +166,8 @@ class ICLTask(ConfigurableTask):
     def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """The metrics of one example.
 
-        The file's ``process_results`` is called with the row, the candidates (None when generating) and the answer: the
-        best candidate's place, or the text generated.
+        The file's ``process_results`` is called with the row and: the candidates, the best one's place and the right
+        one's; or the text generated and what it should be.
         """
         if self.OUTPUT_TYPE == "multiple_choice":
             choices = self.doc_to_choice(doc)
