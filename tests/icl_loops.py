@@ -31,7 +31,7 @@ def n(text: str) -> int:
 
 def truth_of(value: Any, *words: str) -> int:
     """A label's number: given as such, or as one of the words for 0 and 1 (and 2)."""
-    if isinstance(value, str) or isinstance(value, bool):
+    if isinstance(value, (str, bool)):
         known = [one.split("/") for one in words]
         return next(i for i, names in enumerate(known) if str(value) in names)
     return int(value)

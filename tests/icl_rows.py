@@ -44,7 +44,9 @@ def pronoun_at(text: str, pronoun: str) -> tuple[str, str, int]:
     return text, pronoun, text.index(f" {pronoun} ") + 1
 
 
-HARBOUR = "Ada rowed to the harbour. Bruno slept in the boat.\n@highlight\nTwo sailors were found\n@highlight\nAda was wet"
+HARBOUR = (
+    "Ada rowed to the harbour. Bruno slept in the boat.\n@highlight\nTwo sailors were found\n@highlight\nAda was wet"
+)
 KITE = "Mira lost her kite near Oslo.\n@highlight\nIvo found the kite"
 LARK = "The lark sang. The owl slept until noon."
 
@@ -235,7 +237,9 @@ ROWS: dict[str, tuple[list[Row], list[Row]]] = {
     ),
     "nq": (
         rows("question answer", ("who keeps the lamp", ["Ada", "the keeper Ada"]), ("where is the pier", ["Bern"])),
-        rows("question answer", ("who baked", ["Paul"]), ("when did it rain", ["noon", "at noon"]), ("who ran?", ["Ivo"])),
+        rows(
+            "question answer", ("who baked", ["Paul"]), ("when did it rain", ["noon", "at noon"]), ("who ran?", ["Ivo"])
+        ),
     ),
     "triviaqa": (
         rows(

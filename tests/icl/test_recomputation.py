@@ -206,8 +206,11 @@ FAULTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "no normalisation": ("arc_easy", lambda task: setattr(task, "unconditional", None)),
     "another normalisation": ("openbookqa", lambda task: setattr(task, "unconditional", "Answer:")),
     "no heading": ("wsc", lambda task: setattr(task.config, "description", "")),
-    "another metric": ("wsc", lambda task: setattr(task.config, "process_results", right_candidate)),
-    "real line breaks": ("multirc", lambda task: setattr(task.config, "doc_to_text", "{{paragraph}}\n\n{{question}}\n-")),
+    "another metric": ("winogrande", lambda task: setattr(task.config, "process_results", right_candidate)),
+    "real line breaks": (
+        "multirc",
+        lambda task: setattr(task.config, "doc_to_text", "{{paragraph}}\n\n{{question}}\n-"),
+    ),
 }
 
 
