@@ -119,9 +119,10 @@ class Causal:
         self.name = name
         self.counts = digit_counts(tokenizer)
         # Only what stands before a text: an end of sequence after it would end the prompt.
-        before, _ = TextEncoder(tokenizer, name, None, len(tokenizer), 0).surroundings()
-        self.before = list(before)
-        self.beside = len(before) + DIGITS
+        plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+        starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+        self.before: list[int] = whole[: starts[0]] if starts else []
+        self.beside = len(self.before) + DIGITS
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         if self.context is not None and self.context <= self.beside:
             raise RequestError(f"{name} holds {self.context} tokens, no room for a prompt")
