@@ -44,14 +44,15 @@ def _panel(panel: Any, model: dict[str, Any], places: int) -> None:
         for row in model["rows"]
     ]
     panel.set_facecolor("0.85")  # shows where there is no number
-    panel.imshow(shares, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    panel.imshow(shares, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     for line, row in enumerate(model["rows"]):
         if "too_long" in row:
             panel.text((places - 1) / 2, line, "too long", ha="center", va="center", style="italic")
             continue
         for place, share in enumerate(shares[line]):
             if not math.isnan(share):
-                panel.text(place, line, f"{share:.0f}", ha="center", va="center")
+                colour = "black" if share > 60 else "white"  # the map runs from dark to light
+                panel.text(place, line, f"{share:.0f}", ha="center", va="center", color=colour)
     panel.set_xticks(range(places), [f"{place / (places - 1):.1f}" for place in range(places)])
     panel.set_yticks(range(len(shares)), [str(row["length"]) for row in model["rows"]])
     panel.set_xlabel("place of the needle in the text")

@@ -71,6 +71,10 @@ def needle(
         models = list(model or ["tiny"])
         if len(set(models)) < len(models):
             raise RequestError("--model: one is named twice")
+        if cache not in ("none", "window"):
+            raise RequestError(f"--cache {cache} is not known; choose none (exact) or window (approximate)")
+        if num_masks < 1:
+            raise RequestError(f"num_masks={num_masks} predicts nothing: 1 is the least, and DeBERTa wants 3")
         grid = Grid(_lengths(lengths), placements, repetitions, seed)
         sentences = read_haystack(haystack, field)
         folder = _folder(output)
