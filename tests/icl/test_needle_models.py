@@ -18,7 +18,7 @@ import mlmfast
 from mlmfast.errors import CheckpointError, RequestError
 from mlmfast.icl.ledger import Ledger
 from mlmfast.icl.needle import Cell, Grid, fitted
-from mlmfast.icl.needle_models import Causal, Masked, count, kind_of, load_asked
+from mlmfast.icl.needle_models import Causal, Masked, count, fingerprint, kind_of, load_asked
 from mlmfast.icl.needle_run import ask, summary
 
 HAYSTACK = checkpoints.sentences(400)
@@ -160,6 +160,20 @@ def test_a_causal_model_without_its_weights_is_refused(folders: Any, tmp_path: P
         load_asked(str(tmp_path), num_masks=3, cache="none", loading=LOADING)
 
 
+def test_other_weights_have_another_fingerprint(tokenizers: Any) -> None:
+    one, same, other = (checkpoints.small_bert(len(tokenizers["bert"]), seed=seed) for seed in (1, 1, 2))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_longest_length_that_a_model_holds_leaves_room_for_the_number(
+    family: str, tokenizers: Any, models: Any
+) -> None:
+    asked = Masked(mlmfast.load(models[family], tokenizers[family]))
+    assert asked.limit == 700
+    assert all(re.fullmatch("[0-9]{6}", answer) for answer in asked.answers(prompts_of(asked, 700, [0, 5])))
+
+
 # ---- the grid, asked of models that need no computing
 
 
@@ -276,6 +290,10 @@ def test_a_ledger_of_other_settings_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="was not written by mlmfast"):
             Ledger(other, {"seed": 42})
         assert other.read_bytes() == foreign
+    assert path.read_bytes() == kept
+    path.write_bytes(kept + b'{"length": 2, "torn')
+    with Ledger(path, {"seed": 42, "cache": "none"}) as ledger:
+        assert ledger.records == [{"length": 1}]
     assert path.read_bytes() == kept
     for torn in (b"", b'{"settings": {"se'):
         (tmp_path / "torn.jsonl").write_bytes(torn)
