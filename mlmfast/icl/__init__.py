@@ -1,1 +1,1 @@
-"""In-context learning with masked language models: tasks, evaluation, needle in a haystack (Samuel 2024)."""
+"""In-context learning with masked language models: the experiments of Samuel (2024)."""
