@@ -1,0 +1,357 @@
+"""Models x tasks x shots x repetitions -> a report. Same prompts and same examples for masked and causal models."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.evaluator import evaluate as harness
+
+import mlmfast
+from mlmfast.errors import MLMFastError, RequestError
+from mlmfast.icl import blimp, tasks
+from mlmfast.icl.answers import Answering, Answers
+from mlmfast.icl.models import Opened, Settings, kind_of, open_model, split
+from mlmfast.icl.outcomes import Outcome, mean_error, together
+from mlmfast.icl.tasks.task import SCORE
+from mlmfast.masking import check_metric
+
+BLIMP = "blimp"
+# The paper's metrics: three masks in context, and one where sentences stand alone.
+METRICS = {BLIMP: "original"}
+IN_CONTEXT = "window"
+# What the paper ran once (section 5): besides all with no shots.
+ONCE = ("record", "storycloze", "wmt")
+SPLITS = ("test", "train")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated.
+
+    Attributes:
+        models: names or folders, each perhaps after ``masked:`` or ``causal:``.
+        tasks: names of tasks and groups, ``blimp`` among them.
+        data: task -> split (``test``, ``train``) -> file or folder.
+        shots: numbers of demonstrations.
+        repetitions: draws of demonstrations; one where there is nothing to draw, and where the paper has one.
+        seed: of the first draw; each further one has the next.
+        limit: the first so many examples, of BLiMP in each paradigm; None for all.
+        separator: None: by each model's tokenizer.
+        settings: how models are loaded; ``metric`` None for the paper's.
+    """
+
+    models: Sequence[str]
+    tasks: Sequence[str]
+    data: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    shots: Sequence[int] = (0,)
+    repetitions: int = 5
+    seed: int = 42
+    limit: int | None = None
+    separator: str | None = None
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the report before it is computed: a task under so many shots, once a seed."""
+
+    task: str
+    shots: int
+    seeds: tuple[int, ...]
+
+
+def runs_of(plan: Plan) -> list[Run]:
+    """What is run of each model, in order.
+
+    Raises:
+        RequestError: an unknown task, numbers that cannot be, data of what is not asked for.
+    """
+    if not plan.models:
+        raise RequestError("--model is missing: name at least one")
+    if not plan.tasks:
+        raise RequestError(f"--tasks is missing: choose from {', '.join(known_tasks())}")
+    if plan.repetitions < 1 or (plan.limit is not None and plan.limit < 1):
+        raise RequestError("--repetitions and --limit are whole numbers from 1")
+    if not plan.shots or min(plan.shots) < 0:
+        raise RequestError("--shots are whole numbers from 0, such as 0,1,4")
+    names = members(plan.tasks)
+    unasked = [name for name in plan.data if name not in names]
+    if unasked:
+        raise RequestError(f"--data {unasked[0]}=...: the tasks asked for are {', '.join(names)}")
+    if BLIMP in names and "test" not in plan.data.get(BLIMP, {}):
+        raise RequestError("task blimp needs its file: --data blimp=FILE (UID, sentence_good, sentence_bad)")
+    found = []
+    for name in names:
+        for shots in sorted({0} if name == BLIMP else set(plan.shots)):
+            once = shots == 0 or name.startswith(ONCE)
+            found.append(Run(name, shots, tuple(plan.seed + i for i in range(1 if once else plan.repetitions))))
+    return found
+
+
+def known_tasks() -> list[str]:
+    """Tasks and groups."""
+    groups, single = tasks.catalogue()
+    return sorted(name.removeprefix(tasks.PREFIX) for name in (*single, *groups)) + [BLIMP]
+
+
+def members(names: Sequence[str]) -> list[str]:
+    """The tasks that names of tasks and groups stand for, each once.
+
+    Raises:
+        RequestError: an unknown name.
+    """
+    found: list[str] = []
+    for name in names:
+        if name == BLIMP:
+            found.append(name)
+            continue
+        if name.removeprefix(tasks.PREFIX) not in known_tasks():
+            raise RequestError(f"--tasks {name} is not known; choose from {', '.join(known_tasks())}")
+        found += [member.removeprefix(tasks.PREFIX) for member in tasks.members(name)]
+    return list(dict.fromkeys(found))
+
+
+def run(
+    plan: Plan, folder: Path, *, samples: list[dict[str, Any]] | None = None, quiet: bool = True
+) -> dict[str, Any]:
+    """Computes what is not in ``folder`` yet and returns the report.
+
+    Args:
+        plan: what is evaluated.
+        folder: answers are kept in ``folder/answers``, each as soon as it is there.
+        samples: is given every example of every run.
+        quiet: no bars on stderr.
+
+    Raises:
+        MLMFastError: what is wrong with the request, found before a model is loaded as far as it can be.
+    """
+    started = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RequestError("mlmfast eval runs in one process: start it without torchrun or accelerate launch")
+    check_metric(plan.settings.metric or IN_CONTEXT, plan.settings.window, 8)
+    asked = runs_of(plan)
+    labels = labels_of(plan.models)
+    for kind, name in map(split, plan.models):
+        if kind is None:
+            kind_of(name, plan.settings.revision)
+    _check_data(plan, asked)
+    described, results, tally = [], [], {"computed": 0, "found": 0}
+    for spec, label in labels.items():
+        opened = open_model(spec, replace(plan.settings, metric=plan.settings.metric or IN_CONTEXT), plan.separator)
+        metrics = _metrics(plan, opened, asked)
+        described.append(_description(opened, label, metrics))
+        for metric in metrics or [""]:
+            one = with_metric(opened, metric, plan.settings.window)
+            mine = [run for run in asked if not metric or _metric_of(plan, run.task) == metric]
+            with Answers(folder / "answers" / f"{one.file}.jsonl", one.identity) as answers:
+                for each in mine:
+                    results.append(_evaluated(plan, one, label, each, answers, samples, quiet, tally))
+        del opened, one
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    order = {name: place for place, name in enumerate(dict.fromkeys(run.task for run in asked))}
+    results.sort(key=lambda result: (list(labels.values()).index(result["model"]), order[result["task"]]))
+    return {
+        "versions": _versions(),
+        "seed": plan.seed,
+        "limit": plan.limit,
+        "data": {task: {split: str(path) for split, path in one.items()} for task, one in plan.data.items()},
+        "models": described,
+        "results": results,
+        "run": {"seconds": time.perf_counter() - started} | tally,
+    }
+
+
+def _evaluated(
+    plan: Plan,
+    opened: Opened,
+    label: str,
+    asked: Run,
+    answers: Answers,
+    samples: list[dict[str, Any]] | None,
+    quiet: bool,
+    tally: dict[str, int],
+) -> dict[str, Any]:
+    """One row of the report."""
+    from tqdm import tqdm
+
+    outcomes, cut = [], 0
+    # disable=None: a bar on a terminal only
+    with tqdm(unit=" requests", file=sys.stderr, disable=True if quiet else None, leave=False) as bar:
+        for repetition, seed in enumerate(asked.seeds):
+            bar.set_description(f"{label}, {asked.task}, {asked.shots} shots, {repetition + 1} of {len(asked.seeds)}")
+            lm = Answering(opened.lm, answers, opened.lengths, opened.limit, opened.prepare, bar.update)
+            outcome = judge(plan, opened, asked, seed, lm)
+            outcomes.append(outcome)
+            tally["computed"] += lm.computed
+            tally["found"] += lm.asked - lm.computed
+            cut += lm.cut
+            if samples is not None:
+                place = {"model": label, "task": asked.task, "shots": asked.shots, "repetition": repetition}
+                samples += [place | sample for sample in outcome.samples]
+    head = {"model": label, "task": asked.task, "shots": asked.shots, "seeds": list(asked.seeds), "cut": cut}
+    return head | together(outcomes)
+
+
+def judge(plan: Plan, opened: Opened, asked: Run, seed: int, lm: Any) -> Outcome:
+    """One repetition of a task."""
+    if asked.task == BLIMP:
+        return blimp.judged(lm, blimp.read_pairs(plan.data[BLIMP]["test"], plan.limit))
+    task = loaded(plan, asked.task, asked.shots, seed, opened.separator)
+    with _silent_harness():
+        found = harness(lm, {"tasks": {asked.task: task}}, limit=plan.limit, bootstrap_iters=0)
+    assert found is not None
+    results, rows = found["results"][asked.task], found["samples"][asked.task]
+    first = next(iter(task._metric_fn_list))
+    values = {
+        name.split(",")[0]: value
+        for name, value in results.items()
+        if name.split(",")[0] in task._metric_fn_list and name.split(",")[0] != SCORE
+    }
+    metrics = {first: float(values[first])} | {name: float(value) for name, value in values.items()}
+    samples = [_sample(task, row) for row in rows]
+    return Outcome(
+        metrics=metrics,
+        errors={name: _error([row.get(name) for row in rows], value) for name, value in metrics.items()},
+        chance={name: _chance(samples) if name == "acc" else None for name in metrics},
+        examples=len(rows),
+        samples=samples,
+    )
+
+
+def loaded(plan: Plan, name: str, shots: int, seed: int, separator: str) -> Any:
+    """A task of lm_eval's.
+
+    Raises:
+        RequestError: no data; the option that gives it is named.
+    """
+    data = {name: plan.data[name]} if name in plan.data else None
+    try:
+        found = tasks.load([name], data=data, separator=separator, num_fewshot=shots, seed=seed)
+    except MLMFastError as error:
+        raise RequestError(f"--data {name}=FILE: {error}") from error
+    except Exception as error:  # the Hub's libraries raise anything
+        raise RequestError(
+            f"task {name}: its data set cannot be had from the Hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); give a local file as --data {name}=FILE"
+        ) from error
+    return next(iter(found.values()))
+
+
+def labels_of(models: Sequence[str]) -> dict[str, str]:
+    """Model as asked for -> its name in the report: the last part of a path where no other ends like it."""
+    models = list(dict.fromkeys(models))
+    short = [Path(split(spec)[1]).name for spec in models]
+    return {spec: name if short.count(name) == 1 else spec for spec, name in zip(models, short)}
+
+
+def with_metric(opened: Opened, metric: str, window: int) -> Opened:
+    """The same masked model under another metric; its weights are shared."""
+    if opened.kind == "causal" or opened.identity["metric"] == metric:
+        return opened
+    lm = copy.copy(opened.lm)
+    lm.masking = lm.masking | {"metric": metric, "window": window}
+    identity = {name: value for name, value in opened.identity.items() if name != "window"} | {"metric": metric}
+    return replace(opened, lm=lm, identity=identity | ({"window": window} if metric == "window" else {}))
+
+
+def _metric_of(plan: Plan, task: str) -> str:
+    return plan.settings.metric or METRICS.get(task, IN_CONTEXT)
+
+
+def _metrics(plan: Plan, opened: Opened, asked: Sequence[Run]) -> list[str]:
+    """Those that a masked model is asked under."""
+    return [] if opened.kind == "causal" else list(dict.fromkeys(_metric_of(plan, run.task) for run in asked))
+
+
+def _check_data(plan: Plan, asked: Sequence[Run]) -> None:
+    """Reads what will be needed, so that a file that is wrong is found before a model is loaded."""
+    for task in dict.fromkeys(run.task for run in asked):
+        if task == BLIMP:
+            blimp.read_pairs(plan.data[BLIMP]["test"], 1)
+            continue
+        most = max(run.shots for run in asked if run.task == task)
+        one = loaded(plan, task, most, plan.seed, "\n")
+        try:
+            one.fewshot_context(next(iter(one.test_docs())), most)
+        except MLMFastError as error:
+            raise RequestError(f"--data {task}=FILE, --data {task}.train=FILE: {error}") from error
+
+
+def _sample(task: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """An example as ``--samples`` writes it; ``choice`` as the task itself chooses."""
+    sample: dict[str, Any] = {"example": row["doc_id"], "arguments": [list(one) for one in row["arguments"]]}
+    answers = [one[0] for one in row["resps"]]
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return sample | {"responses": answers, "target": row["target"]}
+    scores = [answer[0] for answer in answers]
+    candidates = task.doc_to_choice(row["doc"])
+    values = scores
+    if len(scores) == 2 * len(candidates):
+        values = [a - b for a, b in zip(scores[: len(candidates)], scores[len(candidates) :])]
+    chosen = max(range(len(candidates)), key=lambda i: values[i])
+    return sample | {"responses": scores, "candidates": candidates, "target": row["target"], "choice": chosen}
+
+
+def _chance(samples: Sequence[dict[str, Any]]) -> float | None:
+    """The accuracy of guessing."""
+    numbers = [len(sample["candidates"]) for sample in samples if "candidates" in sample]
+    return sum(1 / number for number in numbers) / len(numbers) if numbers else None
+
+
+def _error(values: Sequence[Any], mean: float) -> float | None:
+    """Of a metric that is the mean of its examples' values; None of another."""
+    if not all(isinstance(value, (bool, int, float)) for value in values):
+        return None
+    numbers = [float(value) for value in values]
+    return mean_error(numbers) if abs(sum(numbers) / len(numbers) - mean) < 1e-9 else None
+
+
+def _description(opened: Opened, label: str, metrics: Sequence[str]) -> dict[str, Any]:
+    return {
+        "label": label,
+        "name": opened.name,
+        "kind": opened.kind,
+        "parameters": opened.parameters,
+        "max_length": opened.limit,
+        "dtype": opened.identity["dtype"].removeprefix("torch."),
+        "device": opened.identity["device"],
+        "separator": opened.separator,
+        "metrics": list(metrics),
+        "identity": opened.identity,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"mlmfast": mlmfast.__version__, "lm_eval": lm_eval.__version__, "torch": torch.__version__}
+    return found | {name: metadata.version(name) for name in ("transformers", "tokenizers")}
+
+
+@contextmanager
+def _silent_harness() -> Iterator[None]:
+    """lm_eval tells of each step and draws bars of its own; here hundreds of its runs follow each other."""
+    import lm_eval.api.task as module
+
+    log, bar = logging.getLogger("lm_eval"), module.tqdm
+    level = log.level
+    log.setLevel(logging.ERROR)
+    module.tqdm = lambda items, **options: items
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        module.tqdm = bar
