@@ -1,1 +1,1 @@
-"""In-context learning with masked models and causal ones: the paper's tasks, their evaluation, needles in haystacks."""
+"""In-context learning with masked language models: tasks, evaluation, needle in a haystack (Samuel 2024)."""

@@ -20,6 +20,7 @@ import torch
 from lm_eval.evaluator import evaluate as harness
 
 import mlmfast
+from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import MLMFastError, RequestError
 from mlmfast.icl import blimp, tasks
 from mlmfast.icl.answers import Answering, Answers
@@ -212,7 +213,7 @@ def judge(plan: Plan, opened: Opened, asked: Run, seed: int, lm: Any) -> Outcome
     if asked.task == BLIMP:
         return blimp.judged(lm, blimp.read_pairs(plan.data[BLIMP]["test"], plan.limit))
     task = loaded(plan, asked.task, asked.shots, seed, opened.separator)
-    with _silent_harness():
+    with _silent_harness(), quiet_transformers():
         found = harness(lm, {"tasks": {asked.task: task}}, limit=plan.limit, bootstrap_iters=0)
     assert found is not None
     results, rows = found["results"][asked.task], found["samples"][asked.task]
@@ -227,7 +228,7 @@ def judge(plan: Plan, opened: Opened, asked: Run, seed: int, lm: Any) -> Outcome
     return Outcome(
         metrics=metrics,
         errors={name: _error([row.get(name) for row in rows], value) for name, value in metrics.items()},
-        chance={name: _chance(samples) if name == "acc" else None for name in metrics},
+        chance={name: _chance(task, name, [row["doc"] for row in rows]) for name in metrics},
         examples=len(rows),
         samples=samples,
     )
@@ -307,10 +308,22 @@ def _sample(task: Any, row: dict[str, Any]) -> dict[str, Any]:
     return sample | {"responses": scores, "candidates": candidates, "target": row["target"], "choice": chosen}
 
 
-def _chance(samples: Sequence[dict[str, Any]]) -> float | None:
-    """The accuracy of guessing."""
-    numbers = [len(sample["candidates"]) for sample in samples if "candidates" in sample]
-    return sum(1 / number for number in numbers) / len(numbers) if numbers else None
+def _chance(task: Any, metric: str, docs: Sequence[dict[str, Any]]) -> float | None:
+    """What a candidate chosen blindly gets, each as likely; None of generation, and of a metric that is no mean."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    values = []
+    for doc in docs:
+        number = len(task.doc_to_choice(doc))
+        for chosen in range(number):
+            # Twice as many answers as candidates where the text without the question is scored, too; these are alike.
+            answers = [(float(i == chosen), False) for i in range(number)] + [(0.0, False)] * number
+            answers = answers if task.unconditional is not None else answers[:number]
+            value = task.process_results(doc, answers)[metric]
+            if not isinstance(value, (bool, int, float)):
+                return None
+            values.append(value / number)
+    return sum(values) / len(docs)
 
 
 def _error(values: Sequence[Any], mean: float) -> float | None:

@@ -20,15 +20,17 @@ from lm_eval.models.huggingface import HFLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import mlmfast
-from mlmfast.checkpoint import DTYPES, UNREADABLE, load_tokenizer
+from mlmfast.checkpoint import DTYPES, UNREADABLE, load_tokenizer, quiet_transformers
 from mlmfast.errors import CheckpointError, RequestError
-from mlmfast.integrations.lm_eval import MLMFastLM
+from mlmfast.integrations.lm_eval import LENGTHS, MLMFastLM
 
 KINDS = ("masked", "causal")
 # What the paper writes for a line break where the tokenizer has none of its own, and what everyone else writes.
 LITERAL, NEWLINE = "\\n ", "\n"
 # Rows of a causal model's batch: their logits are all held at once, in float32 twice.
 CAUSAL_TOKENS, CAUSAL_ROWS = 2048, 64
+# Of a config: where it came from, not what it says.
+_PLACES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def _causal(name: str, settings: Settings) -> Any:
         raise RequestError(f"--dtype {settings.dtype} is not known; choose auto or one of {', '.join(DTYPES)}")
     path = os.path.expanduser(name)
     options = {"trust_remote_code": False} | ({} if settings.revision is None else {"revision": settings.revision})
-    tokenizer = load_tokenizer(path, options)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(path, options)
     ids = tokenizer("a")["input_ids"]
     device = settings.device
     if device == "auto":
@@ -194,17 +197,18 @@ def _causal(name: str, settings: Settings) -> Any:
     level = log.level
     log.setLevel(logging.ERROR)  # it tells of every choice it makes; contexts that are cut are counted here
     try:
-        return HFLM(
-            path,
-            backend="causal",
-            tokenizer=tokenizer,
-            device=device,
-            dtype="float32" if settings.dtype == "auto" else settings.dtype,
-            revision=settings.revision or "main",
-            batch_size=1,
-            # A tokenizer that closes every text would put its mark between context and continuation.
-            add_bos_token=False if ids and ids[-1] in tokenizer.all_special_ids else None,
-        )
+        with quiet_transformers():
+            return HFLM(
+                path,
+                backend="causal",
+                tokenizer=tokenizer,
+                device=device,
+                dtype="float32" if settings.dtype == "auto" else settings.dtype,
+                revision=settings.revision or "main",
+                batch_size=1,
+                # A tokenizer that closes every text would put its mark between context and continuation.
+                add_bos_token=False if ids and ids[-1] in tokenizer.all_special_ids else None,
+            )
     except UNREADABLE as error:
         raise CheckpointError(f"--model {name} cannot be loaded as a causal model: {error}") from error
     finally:
@@ -234,11 +238,5 @@ def digest(model: Any, tokenizer: Any, extras: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-# Where a config came from, not what it says.
-_PLACES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
-
-
 def _generated(settings: dict[str, Any]) -> int:
-    from mlmfast.integrations.lm_eval import LENGTHS
-
     return int(next((settings[name] for name in LENGTHS if settings.get(name) is not None), 0))

@@ -14,7 +14,7 @@ UNSCALED = ("bleu", "sacrebleu", "chrf", "ter", "perplexity", "word_perplexity",
 PUBLISHED = Path(__file__).with_name("published.json")
 NAMES = {
     "acc": "accuracy",
-    "f1": "macro F1",
+    "f1": "F1",
     "exact_match": "exact match",
     "em": "exact match",
     "sacrebleu": "BLEU",
@@ -99,7 +99,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"{model['parameters']:,}",
             model["dtype"],
             ", ".join(model["metrics"]) or "causal: nothing",
-            "`" + json.dumps(model["separator"])[1:-1] + "`",
+            {"\n": "a real one"}.get(model["separator"], f"the characters `{model['separator']}`"),
         ]
         for model in report["models"]
     ]
