@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -101,7 +100,7 @@ class Answers:
             self._write({"identity": identity})
 
 
-class Answering(LM):  # type: ignore[misc]  # lm_eval has no types
+class Answering(LM):
     """A model of lm_eval's that asks another one only what has not been answered yet.
 
     Args:
@@ -153,7 +152,7 @@ class Answering(LM):  # type: ignore[misc]  # lm_eval has no types
         keys = [key_of(kind, request.args) for request in requests]
         distinct = dict(zip(keys, requests))
         new = [(key, request) for key, request in distinct.items() if key not in self._answers]
-        self._progress(sum(key in self._answers for key in keys))
+        self._progress(len(distinct) - len(new))
         for group in groups(new):
             members = [request for _, request in group]
             lengths = self._lengths(kind, members)
@@ -196,4 +195,4 @@ def _lock(stream: Any, path: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise RequestError(f"{path} is in use by process(es) other than {os.getpid()}: wait for the other run") from None
+        raise RequestError(f"{path} is in use by another run: wait for it") from None

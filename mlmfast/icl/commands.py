@@ -13,7 +13,7 @@ from mlmfast.commands import Backend, BatchTokens, Device, DType, Quiet, Revisio
 from mlmfast.errors import RequestError
 from mlmfast.reporting import reporting, say
 
-NEEDED = ("lm_eval", "matplotlib")
+NEEDED = ("lm_eval", "accelerate", "matplotlib")
 
 
 def evaluate(
@@ -68,8 +68,8 @@ def evaluate(
     """
     with reporting():
         _check_installed()
-        from mlmfast.icl import figures, report
         from mlmfast.icl import evaluate as evaluation
+        from mlmfast.icl import figures, report
         from mlmfast.icl.models import Settings
 
         settings = Settings(metric, window, dtype, device, backend, batch_tokens, revision)
@@ -121,7 +121,9 @@ def numbers(given: str) -> list[int]:
     try:
         return sorted({int(number) for number in listed(given)})
     except ValueError:
-        raise RequestError(f"--shots {given}: whole numbers with commas between them are meant, such as 0,1,4") from None
+        raise RequestError(
+            f"--shots {given}: whole numbers with commas between them are meant, such as 0,1,4"
+        ) from None
 
 
 def unescaped(given: str) -> str:
@@ -143,7 +145,7 @@ def data_of(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, P
     found: dict[str, dict[str, Path]] = {}
     folders = []
     for one in given:
-        name, equals, path = one.partition("=")
+        name, equals, file = one.partition("=")
         if not equals:
             if not Path(one).is_dir():
                 raise RequestError(f"--data {one}: there is no such folder; for a file write TASK=FILE")
@@ -152,9 +154,9 @@ def data_of(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, P
         task, _, split = name.partition(".")
         if (split or "test") not in SPLITS:
             raise RequestError(f"--data {one}: {name} is neither TASK nor TASK.train")
-        if not Path(path).exists():
-            raise RequestError(f"--data {one}: there is no {path}")
-        found.setdefault(task, {})[split or "test"] = Path(path)
+        if not Path(file).exists():
+            raise RequestError(f"--data {one}: there is no {file}")
+        found.setdefault(task, {})[split or "test"] = Path(file)
     for task, files in found.items():
         if "test" not in files:
             raise RequestError(f"--data {task}.train={files['train']}: --data {task}=FILE is missing")

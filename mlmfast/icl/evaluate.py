@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -17,22 +15,19 @@ from typing import Any
 
 import lm_eval
 import torch
-from lm_eval.evaluator import evaluate as harness
 
 import mlmfast
-from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import MLMFastError, RequestError
 from mlmfast.icl import blimp, tasks
 from mlmfast.icl.answers import Answering, Answers
-from mlmfast.icl.models import Opened, Settings, kind_of, open_model, split
-from mlmfast.icl.outcomes import Outcome, mean_error, together
-from mlmfast.icl.tasks.task import SCORE
+from mlmfast.icl.judging import judged, loaded
+from mlmfast.icl.models import METRIC, NEWLINE, Opened, Settings, kind_of, open_model, split
+from mlmfast.icl.outcomes import Outcome, together
 from mlmfast.masking import check_metric
 
 BLIMP = "blimp"
-# The paper's metrics: three masks in context, and one where sentences stand alone.
+# Where the metric of masked models is not the paper's three masks: sentences that stand alone have one.
 METRICS = {BLIMP: "original"}
-IN_CONTEXT = "window"
 # What the paper ran once (section 5): besides all with no shots.
 ONCE = ("record", "storycloze", "wmt")
 SPLITS = ("test", "train")
@@ -125,9 +120,7 @@ def members(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def run(
-    plan: Plan, folder: Path, *, samples: list[dict[str, Any]] | None = None, quiet: bool = True
-) -> dict[str, Any]:
+def run(plan: Plan, folder: Path, *, samples: list[dict[str, Any]] | None = None, quiet: bool = True) -> dict[str, Any]:
     """Computes what is not in ``folder`` yet and returns the report.
 
     Args:
@@ -142,7 +135,7 @@ def run(
     started = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RequestError("mlmfast eval runs in one process: start it without torchrun or accelerate launch")
-    check_metric(plan.settings.metric or IN_CONTEXT, plan.settings.window, 8)
+    check_metric(plan.settings.metric or METRIC, plan.settings.window, 8)
     asked = runs_of(plan)
     labels = labels_of(plan.models)
     for kind, name in map(split, plan.models):
@@ -151,7 +144,7 @@ def run(
     _check_data(plan, asked)
     described, results, tally = [], [], {"computed": 0, "found": 0}
     for spec, label in labels.items():
-        opened = open_model(spec, replace(plan.settings, metric=plan.settings.metric or IN_CONTEXT), plan.separator)
+        opened = open_model(spec, plan.settings, plan.separator)
         metrics = _metrics(plan, opened, asked)
         described.append(_description(opened, label, metrics))
         for metric in metrics or [""]:
@@ -190,13 +183,17 @@ def _evaluated(
     """One row of the report."""
     from tqdm import tqdm
 
-    outcomes, cut = [], 0
+    def advance(number: int) -> None:
+        bar.update(number)
+
+    outcomes: list[Outcome] = []
+    cut = 0
     # disable=None: a bar on a terminal only
     with tqdm(unit=" requests", file=sys.stderr, disable=True if quiet else None, leave=False) as bar:
         for repetition, seed in enumerate(asked.seeds):
             bar.set_description(f"{label}, {asked.task}, {asked.shots} shots, {repetition + 1} of {len(asked.seeds)}")
-            lm = Answering(opened.lm, answers, opened.lengths, opened.limit, opened.prepare, bar.update)
-            outcome = judge(plan, opened, asked, seed, lm)
+            lm = Answering(opened.lm, answers, opened.lengths, opened.limit, opened.prepare, advance)
+            outcome = _judged(plan, opened, asked, seed, lm)
             outcomes.append(outcome)
             tally["computed"] += lm.computed
             tally["found"] += lm.asked - lm.computed
@@ -208,49 +205,11 @@ def _evaluated(
     return head | together(outcomes)
 
 
-def judge(plan: Plan, opened: Opened, asked: Run, seed: int, lm: Any) -> Outcome:
-    """One repetition of a task."""
+def _judged(plan: Plan, opened: Opened, asked: Run, seed: int, lm: Any) -> Outcome:
+    """One repetition."""
     if asked.task == BLIMP:
         return blimp.judged(lm, blimp.read_pairs(plan.data[BLIMP]["test"], plan.limit))
-    task = loaded(plan, asked.task, asked.shots, seed, opened.separator)
-    with _silent_harness(), quiet_transformers():
-        found = harness(lm, {"tasks": {asked.task: task}}, limit=plan.limit, bootstrap_iters=0)
-    assert found is not None
-    results, rows = found["results"][asked.task], found["samples"][asked.task]
-    first = next(iter(task._metric_fn_list))
-    values = {
-        name.split(",")[0]: value
-        for name, value in results.items()
-        if name.split(",")[0] in task._metric_fn_list and name.split(",")[0] != SCORE
-    }
-    metrics = {first: float(values[first])} | {name: float(value) for name, value in values.items()}
-    samples = [_sample(task, row) for row in rows]
-    return Outcome(
-        metrics=metrics,
-        errors={name: _error([row.get(name) for row in rows], value) for name, value in metrics.items()},
-        chance={name: _chance(task, name, [row["doc"] for row in rows]) for name in metrics},
-        examples=len(rows),
-        samples=samples,
-    )
-
-
-def loaded(plan: Plan, name: str, shots: int, seed: int, separator: str) -> Any:
-    """A task of lm_eval's.
-
-    Raises:
-        RequestError: no data; the option that gives it is named.
-    """
-    data = {name: plan.data[name]} if name in plan.data else None
-    try:
-        found = tasks.load([name], data=data, separator=separator, num_fewshot=shots, seed=seed)
-    except MLMFastError as error:
-        raise RequestError(f"--data {name}=FILE: {error}") from error
-    except Exception as error:  # the Hub's libraries raise anything
-        raise RequestError(
-            f"task {name}: its data set cannot be had from the Hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); give a local file as --data {name}=FILE"
-        ) from error
-    return next(iter(found.values()))
+    return judged(lm, loaded(asked.task, plan.data.get(asked.task), asked.shots, seed, opened.separator), plan.limit)
 
 
 def labels_of(models: Sequence[str]) -> dict[str, str]:
@@ -271,7 +230,7 @@ def with_metric(opened: Opened, metric: str, window: int) -> Opened:
 
 
 def _metric_of(plan: Plan, task: str) -> str:
-    return plan.settings.metric or METRICS.get(task, IN_CONTEXT)
+    return plan.settings.metric or METRICS.get(task, METRIC)
 
 
 def _metrics(plan: Plan, opened: Opened, asked: Sequence[Run]) -> list[str]:
@@ -286,52 +245,11 @@ def _check_data(plan: Plan, asked: Sequence[Run]) -> None:
             blimp.read_pairs(plan.data[BLIMP]["test"], 1)
             continue
         most = max(run.shots for run in asked if run.task == task)
-        one = loaded(plan, task, most, plan.seed, "\n")
+        one = loaded(task, plan.data.get(task), most, plan.seed, NEWLINE)
         try:
             one.fewshot_context(next(iter(one.test_docs())), most)
         except MLMFastError as error:
             raise RequestError(f"--data {task}=FILE, --data {task}.train=FILE: {error}") from error
-
-
-def _sample(task: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """An example as ``--samples`` writes it; ``choice`` as the task itself chooses."""
-    sample: dict[str, Any] = {"example": row["doc_id"], "arguments": [list(one) for one in row["arguments"]]}
-    answers = [one[0] for one in row["resps"]]
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return sample | {"responses": answers, "target": row["target"]}
-    scores = [answer[0] for answer in answers]
-    candidates = task.doc_to_choice(row["doc"])
-    values = scores
-    if len(scores) == 2 * len(candidates):
-        values = [a - b for a, b in zip(scores[: len(candidates)], scores[len(candidates) :])]
-    chosen = max(range(len(candidates)), key=lambda i: values[i])
-    return sample | {"responses": scores, "candidates": candidates, "target": row["target"], "choice": chosen}
-
-
-def _chance(task: Any, metric: str, docs: Sequence[dict[str, Any]]) -> float | None:
-    """What a candidate chosen blindly gets, each as likely; None of generation, and of a metric that is no mean."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return None
-    values = []
-    for doc in docs:
-        number = len(task.doc_to_choice(doc))
-        for chosen in range(number):
-            # Twice as many answers as candidates where the text without the question is scored, too; these are alike.
-            answers = [(float(i == chosen), False) for i in range(number)] + [(0.0, False)] * number
-            answers = answers if task.unconditional is not None else answers[:number]
-            value = task.process_results(doc, answers)[metric]
-            if not isinstance(value, (bool, int, float)):
-                return None
-            values.append(value / number)
-    return sum(values) / len(docs)
-
-
-def _error(values: Sequence[Any], mean: float) -> float | None:
-    """Of a metric that is the mean of its examples' values; None of another."""
-    if not all(isinstance(value, (bool, int, float)) for value in values):
-        return None
-    numbers = [float(value) for value in values]
-    return mean_error(numbers) if abs(sum(numbers) / len(numbers) - mean) < 1e-9 else None
 
 
 def _description(opened: Opened, label: str, metrics: Sequence[str]) -> dict[str, Any]:
@@ -352,19 +270,3 @@ def _description(opened: Opened, label: str, metrics: Sequence[str]) -> dict[str
 def _versions() -> dict[str, str]:
     found = {"mlmfast": mlmfast.__version__, "lm_eval": lm_eval.__version__, "torch": torch.__version__}
     return found | {name: metadata.version(name) for name in ("transformers", "tokenizers")}
-
-
-@contextmanager
-def _silent_harness() -> Iterator[None]:
-    """lm_eval tells of each step and draws bars of its own; here hundreds of its runs follow each other."""
-    import lm_eval.api.task as module
-
-    log, bar = logging.getLogger("lm_eval"), module.tqdm
-    level = log.level
-    log.setLevel(logging.ERROR)
-    module.tqdm = lambda items, **options: items
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        module.tqdm = bar

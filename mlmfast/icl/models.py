@@ -25,6 +25,7 @@ from mlmfast.errors import CheckpointError, RequestError
 from mlmfast.integrations.lm_eval import LENGTHS, MLMFastLM
 
 KINDS = ("masked", "causal")
+METRIC = "window"
 # What the paper writes for a line break where the tokenizer has none of its own, and what everyone else writes.
 LITERAL, NEWLINE = "\\n ", "\n"
 # Rows of a causal model's batch: their logits are all held at once, in float32 twice.
@@ -35,14 +36,14 @@ _PLACES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype
 
 @dataclass(frozen=True)
 class Settings:
-    """How models are loaded and asked; what is None is chosen by kind.
+    """How models are loaded and asked.
 
     Attributes:
-        metric, window: of masked models, as in :meth:`mlmfast.MaskedLM.score`.
+        metric, window: of masked models, as in :meth:`mlmfast.MaskedLM.score`; None: the paper's.
         dtype, device, backend, batch_tokens, revision: as in :func:`mlmfast.load`.
     """
 
-    metric: str = "window"
+    metric: str | None = None
     window: int = 3
     dtype: str = "auto"
     device: str = "auto"
@@ -81,7 +82,11 @@ class Opened:
         return f"{readable[:40]}-{digest[:16]}"
 
     def lengths(self, kind: str, requests: Sequence[Any]) -> list[int]:
-        """Tokens of each request, special ones and those to be generated included."""
+        """Tokens of each request, special ones and those to be generated included.
+
+        Raises:
+            RequestError: a causal model does not hold what is scored, or to be generated, alone.
+        """
         if kind == "generate_until":
             texts = [request.args[0] for request in requests]
             added = [_generated(request.args[1]) for request in requests]
@@ -90,7 +95,21 @@ class Opened:
             # A causal model does not read the last token.
             added = [-1 if self.kind == "causal" else 0] * len(requests)
         encoded = self.lm.tokenizer(texts, verbose=False)["input_ids"]
-        return [len(ids) + more for ids, more in zip(encoded, added)]
+        found = [len(ids) + more for ids, more in zip(encoded, added)]
+        for request, length in zip(requests, found):
+            if self.kind == "causal" and self.limit is not None and length > self.limit:
+                self._check_holds(kind, request)
+        return found
+
+    def _check_holds(self, kind: str, request: Any) -> None:
+        """lm_eval's ``hf`` cuts contexts and asserts that all else fits."""
+        text = request.args[-1]
+        own = _generated(text) + 1 if kind == "generate_until" else len(self.lm.tokenizer(text, verbose=False)["input_ids"])
+        if own > (self.limit or own):
+            raise RequestError(
+                f"{self.name} holds {self.limit} tokens, fewer than the {own} that a request scores or generates "
+                f"({str(text)[:60]!r}): take a model that holds more, or leave the task out"
+            )
 
     def prepare(self, longest: int) -> None:
         """Sets a causal model's rows of a batch by its longest row. Masked models pack by tokens themselves."""
@@ -158,11 +177,15 @@ def open_model(spec: str, settings: Settings, separator: str | None = None) -> O
     common: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "batch_tokens": settings.batch_tokens}
     versions = {"mlmfast": mlmfast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     if kind == "masked":
-        own: dict[str, Any] = {"metric": settings.metric, "window": settings.window, "backend": settings.backend}
+        own: dict[str, Any] = {
+            "metric": settings.metric or METRIC,
+            "window": settings.window,
+            "backend": settings.backend,
+        }
         lm = MLMFastLM(name, revision=settings.revision, **own, **common)
         model, tokenizer, extras = lm.lm.model, lm.lm.tokenizer, lm.lm._extras
         own |= {"semantics": lm.lm.semantics, "objective": lm.lm.objective, "num_masks": 3}
-        if settings.metric != "window":
+        if own["metric"] != "window":
             del own["window"]
     else:
         own, lm = {}, _causal(name, settings)

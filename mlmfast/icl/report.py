@@ -1,4 +1,4 @@
-"""Results -> ``report.json``, ``report.md`` and a table on the terminal; models side by side, published ones beside them."""
+"""Results -> ``report.json``, ``report.md`` and a table on the terminal: models side by side, published ones last."""
 
 from __future__ import annotations
 
@@ -39,10 +39,7 @@ def shown(metric: str, numbers: dict[str, Any]) -> str:
 
 
 def write(folder: Path, report: dict[str, Any], samples: Iterable[dict[str, Any]] | None = None) -> None:
-    """``report.json`` and ``report.md``, and ``samples.jsonl.gz`` if there are samples; each appears whole.
-
-    A file is named last that says how the others are to be read: a report is there when all is.
-    """
+    """``report.json`` and ``report.md``, and ``samples.jsonl.gz`` if there are samples; each appears whole."""
     folder.mkdir(parents=True, exist_ok=True)
     if samples is not None:
         lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
@@ -74,7 +71,9 @@ def tables(report: dict[str, Any]) -> list[dict[str, Any]]:
             rows = []
             for shots in sorted({result["shots"] for result in results}):
                 cells = {result["model"]: result["metrics"] for result in results if result["shots"] == shots}
-                own = [shown(metric, cells[label][metric]) if metric in cells.get(label, {}) else "" for label in labels]
+                own = [
+                    shown(metric, cells[label][metric]) if metric in cells.get(label, {}) else "" for label in labels
+                ]
                 rows.append([str(shots), *own, *(_printed(scores, str(shots)) for scores in beside.values())])
             if beside:
                 for shots in ("0", "1", "few"):
@@ -82,9 +81,7 @@ def tables(report: dict[str, Any]) -> list[dict[str, Any]]:
                         rows.append([shots, *("" for _ in labels), *(_printed(one, shots) for one in beside.values())])
                 rows.sort(key=lambda row: (row[0] == "few", int(row[0]) if row[0] != "few" else 0))
             head = ["shots", *labels, *(f"{name} (published)" for name in beside)]
-            found.append(
-                {"task": task, "metric": metric, "note": _note(metric, results), "head": head, "rows": rows}
-            )
+            found.append({"task": task, "metric": metric, "note": _note(metric, results), "head": head, "rows": rows})
     return found
 
 
@@ -105,9 +102,9 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     lines += [*table(head, models), ""]
     lines += [
-        f"Values are means over repetitions with other demonstrations (seed {report['seed']}) ± their standard deviation; "
-        "where there is no ±, there was one. Columns marked *published* are the paper's, not measured here: "
-        f"{published()['source']}. Its \"few\" is 4 to 64 shots, by task.",
+        f"Values are means over repetitions with other demonstrations (first seed {report['seed']}) ± their standard "
+        "deviation; where there is no ±, there was one. Columns marked *published* are the paper's, not measured here: "
+        f'{published()["source"]}. Its "few" is 4 to 64 shots, by task.',
         "",
     ]
     if report["limit"] is not None:
@@ -123,8 +120,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [
         f"{versions}.",
         "",
-        f"This run: {run['seconds']:.1f} s, {run['computed']:,} requests computed, {run['found']:,} answered by an earlier "
-        "run or before.",
+        f"This run: {run['seconds']:.1f} s, {run['computed']:,} requests computed, {run['found']:,} answered before.",
     ]
     return "\n".join(lines) + "\n"
 
