@@ -316,7 +316,10 @@ EXTENSIONS = extensions()
 setuptools.setup(
     packages=[*PACKAGES, "mlmfast.kernels", *(f"mlmfast.kernels.{name}" for name in KERNELS)],
     package_dir={"mlmfast": "mlmfast", "mlmfast.kernels": "kernels"},
-    package_data={"mlmfast": ["py.typed", "tiny/*", "icl/*.json", "icl/tasks/*.yaml"], "mlmfast.kernels": ["configs/*.json"]},
+    package_data={
+        "mlmfast": ["py.typed", "tiny/*", "icl/*.json", "icl/tasks/*.yaml", "icl/tasks/README.md"],
+        "mlmfast.kernels": ["configs/*.json"],
+    },
     include_package_data=False,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildWithNinja},

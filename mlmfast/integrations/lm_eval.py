@@ -203,7 +203,8 @@ class MLMFastLM(LM):
         """What follows each context, up to the first of the strings in ``until``.
 
         What a task's ``generation_kwargs`` hold besides lm_eval's own ``until`` and ``max_gen_toks`` are arguments of
-        :meth:`mlmfast.MaskedLM.generate`, ``num_masks`` among them. A context that is too long for the model loses its
+        :meth:`mlmfast.MaskedLM.generate`, ``num_masks`` among them. With ``min_new_tokens``, strings in ``until`` that
+        are tokens are stop tokens, which may not come before. A context that is too long for the model loses its
         beginning, with a warning.
 
         Raises:
@@ -216,6 +217,8 @@ class MLMFastLM(LM):
         with self._bar("generate_until", len(requests), disable_tqdm) as bar:
             for places in alike.values():
                 until, settings = generation_settings(requests[places[0]].args[1], self.max_gen_toks)
+                if settings.get("min_new_tokens") and settings.get("eos_token_id") is None:
+                    settings |= self._stops(until)
                 for part in parts(places, PROMPTS):
                     prompts = self._fitting([requests[place].args[0] for place in part], settings)
                     for place, one in zip(part, self.lm.generate(prompts, progress=False, **settings)):
@@ -325,6 +328,19 @@ class MLMFastLM(LM):
         if shortened:
             log.warning("%d of %d contexts lost their beginnings: %d tokens fit", shortened, len(prompts), room)
         return fitting
+
+    def _stops(self, until: Sequence[str]) -> dict[str, Any]:
+        """Stop strings as settings of ``generate``: those that are tokens, after a word or after a space, as tokens."""
+        tokenizer = self.lm.tokenizer
+        tokens, strings = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}, []
+        for one in until:
+            before = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("", ".", "a")}
+            after = {text: tokenizer(text + one, add_special_tokens=False)["input_ids"] for text in before}
+            found = {after[text][-1] for text, ids in before.items() if after[text][:-1] == ids}
+            found -= {tokenizer.unk_token_id}
+            tokens |= found
+            strings += [] if found else [one]
+        return {"eos_token_id": sorted(tokens), "stop_strings": strings or None}
 
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=f"Running {what} requests", disable=disable or self.rank != 0)

@@ -73,10 +73,8 @@ def wsc_text(doc: Row, separator: str) -> str:
 
 def wsc_choices(doc: Row) -> list[str]:
     """The noun phrases of the row, and the one that is asked about, each once."""
-    phrases: dict[str, str] = {}
-    for phrase in [*doc.get("candidates", []), doc["span1_text"]]:
-        phrases.setdefault(phrase.strip().casefold(), phrase.strip())
-    return list(phrases.values())
+    found = (phrase.strip() for phrase in [*doc.get("candidates", []), doc["span1_text"]])
+    return list({phrase.casefold(): phrase for phrase in found}.values())
 
 
 def wsc_target(doc: Row) -> int:
