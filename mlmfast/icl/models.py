@@ -104,7 +104,11 @@ class Opened:
     def _check_holds(self, kind: str, request: Any) -> None:
         """lm_eval's ``hf`` cuts contexts and asserts that all else fits."""
         text = request.args[-1]
-        own = _generated(text) + 1 if kind == "generate_until" else len(self.lm.tokenizer(text, verbose=False)["input_ids"])
+        own = (
+            _generated(text) + 1
+            if kind == "generate_until"
+            else len(self.lm.tokenizer(text, verbose=False)["input_ids"])
+        )
         if own > (self.limit or own):
             raise RequestError(
                 f"{self.name} holds {self.limit} tokens, fewer than the {own} that a request scores or generates "

@@ -28,10 +28,10 @@ from mlmfast.icl import answers as module
 from mlmfast.icl import models
 from mlmfast.icl.answers import Answering, Answers, groups, key_of
 
-# Groups of six requests. Every request that reaches a model is written to a log; where there have been as many groups
-# as KILL says, the process dies before the next, without a last word.
+# Groups of six requests. Every group that a model has answered is a line of a log; where there have been as many as KILL
+# says, the process dies before the next, without a last word.
 DRIVER = """
-import os, signal, sys
+import json, os, signal
 from mlmfast.cli import main
 from mlmfast.icl import answers
 from mlmfast.integrations.lm_eval import MLMFastLM
@@ -44,8 +44,7 @@ for model in (MLMFastLM, HFLM):
             os.kill(os.getpid(), signal.SIGKILL)
         seen.append(kind)
         found = own(self, requests, disable_tqdm=disable_tqdm)
-        for request in requests:
-            print(kind, request.args, file=log, flush=True)
+        print(json.dumps([kind, [request.args for request in requests]]), file=log, flush=True)
         return found
     model.loglikelihood = counted
 main()
@@ -88,36 +87,24 @@ def test_a_killed_run_continues_where_it_stopped(inputs: Inputs, tmp_path: Path)
     """Killed in the first model and once more in the second: nothing that was answered is asked again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(inputs, whole, tmp_path / "whole.log") == 0
-    expected = (tmp_path / "whole.log").read_text().splitlines()
-    assert {line.split()[0] for line in expected} == {"MLMFastLM", "HFLM"}
-    for kill in (3, 9):
+    expected = groups_in(tmp_path / "whole.log")
+    assert [kind for kind, _ in expected].index("HFLM") == len(expected) // 2 == 11
+    for kill in (3, 10):
         assert run(inputs, parts, tmp_path / "parts.log", kill) == -signal.SIGKILL
         assert not (parts / "report.json").exists()
-    half = (tmp_path / "parts.log").read_text().splitlines()
-    assert len(half) == sum(len(group) for group in half_groups(expected, 3 + 9))
+    assert groups_in(tmp_path / "parts.log") == expected[:13]
     assert run(inputs, parts, tmp_path / "parts.log") == 0
-    found = (tmp_path / "parts.log").read_text().splitlines()
-    assert found == expected and len(set(found)) == len(found)
-    assert without_run(parts) == without_run(whole)
-    # Once more: nothing is left to ask.
-    assert run(inputs, parts, tmp_path / "parts.log") == 0
-    assert (tmp_path / "parts.log").read_text().splitlines() == expected
-    assert json.loads((parts / "report.json").read_text())["run"]["computed"] == 0
+    assert groups_in(tmp_path / "parts.log") == expected
+    requests = [(kind, *pair) for kind, group in expected for pair in group]
+    assert len(set(requests)) == len(requests)
     assert without_run(parts) == without_run(whole)
 
 
-def half_groups(lines: list[str], number: int) -> list[list[str]]:
-    """The first so many groups: six requests each, fewer at the end of a pass over a task."""
-    sizes = {"MLMFastLM": [], "HFLM": []}
-    rte, blimp = 2 * evaluation.TESTED, 2 * 3 * evaluation.PAIRS
-    per_model = [6] * (rte // 6) * 3 + [6] * (blimp // 6)
-    assert rte % 6 == blimp % 6 == 0 and len(lines) == 2 * sum(per_model) and not sizes["HFLM"]
-    return [lines[6 * i : 6 * i + 6] for i in range(number)]
+def groups_in(log: Path) -> list[tuple[str, list[list[str]]]]:
+    return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
 
 
-def test_an_interrupt_says_what_is_kept(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_says_what_is_kept(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlmfast.integrations.lm_eval import MLMFastLM
 
     own, calls = MLMFastLM.loglikelihood, []
@@ -135,10 +122,15 @@ def test_an_interrupt_says_what_is_kept(
     assert f"kept in {tmp_path / 'out' / 'answers'}" in result.output and "interrupted" in result.output
     result = CliRunner().invoke(cli.app, command(inputs, tmp_path / "out"))
     assert result.exit_code == 0 and calls[:4] == [5, 5, 5, 2]  # the second, which was interrupted, once more
+    before, asked_so_far = without_run(tmp_path / "out"), len(calls)
+    assert CliRunner().invoke(cli.app, command(inputs, tmp_path / "out")).exit_code == 0
+    assert len(calls) == asked_so_far and without_run(tmp_path / "out") == before
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["run"]["computed"] == 0
 
 
 def test_other_weights_and_settings_have_files_of_their_own(inputs: Inputs, tmp_path: Path) -> None:
     """An answer of one configuration is no other's: weights, metric, window, dtype."""
+
     def named(name: Path, **settings: Any) -> str:
         return models.open_model(str(name), models.Settings(**settings)).file
 
@@ -229,7 +221,11 @@ def test_requests_are_asked_once(tmp_path: Path) -> None:
 
     with Answers(tmp_path / "a.jsonl", {}) as answers:
         lm = Answering(model, answers, lengths, 3, longest.append)
-        assert lm.loglikelihood(asked(("xx", "a"), ("y", "b"), ("xx", "a"))) == [(3.0, False), (2.0, True), (3.0, False)]
+        assert lm.loglikelihood(asked(("xx", "a"), ("y", "b"), ("xx", "a"))) == [
+            (3.0, False),
+            (2.0, True),
+            (3.0, False),
+        ]
         assert (lm.asked, lm.computed, lm.cut) == (3, 2, 0)
         assert lm.loglikelihood(asked(("zzzz", "b"), ("y", "b"))) == [(5.0, True), (2.0, True)]
         assert (lm.asked, lm.computed, lm.cut) == (5, 3, 1)
