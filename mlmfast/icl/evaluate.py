@@ -146,7 +146,7 @@ def run(plan: Plan, folder: Path, *, samples: list[dict[str, Any]] | None = None
     for spec, label in labels.items():
         opened = open_model(spec, plan.settings, plan.separator)
         metrics = _metrics(plan, opened, asked)
-        described.append(_description(opened, label, metrics))
+        described.append(_description(opened, label, metrics, plan.settings.revision))
         for metric in metrics or [""]:
             one = with_metric(opened, metric, plan.settings.window)
             mine = [run for run in asked if not metric or _metric_of(plan, run.task) == metric]
@@ -252,10 +252,11 @@ def _check_data(plan: Plan, asked: Sequence[Run]) -> None:
             raise RequestError(f"--data {task}=FILE, --data {task}.train=FILE: {error}") from error
 
 
-def _description(opened: Opened, label: str, metrics: Sequence[str]) -> dict[str, Any]:
+def _description(opened: Opened, label: str, metrics: Sequence[str], revision: str | None) -> dict[str, Any]:
     return {
         "label": label,
         "name": opened.name,
+        "revision": revision,
         "kind": opened.kind,
         "parameters": opened.parameters,
         "max_length": opened.limit,

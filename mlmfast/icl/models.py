@@ -195,7 +195,8 @@ def open_model(spec: str, settings: Settings, separator: str | None = None) -> O
         own, lm = {}, _causal(name, settings)
         model, tokenizer, extras = lm.model, lm.tokenizer, {}
     common |= {"dtype": str(next(model.parameters()).dtype), "device": lm.device.type}
-    identity = {"model": name, "kind": kind, "revision": settings.revision} | own | common | versions
+    # Neither name nor revision: the same weights give the same answers wherever they lie.
+    identity: dict[str, Any] = {"kind": kind} | own | common | versions
     identity["weights"] = digest(model, tokenizer, extras)
     return Opened(
         name=name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from mlmfast.icl import answers as module
 from mlmfast.icl import models
 from mlmfast.icl.answers import Answering, Answers, groups, key_of
 
-# Groups of six requests. Every group that a model has answered is a line of a log; where there have been as many as KILL
+# Groups of six requests. Every group that a model has answered is a line of a log; where there are as many as KILL
 # says, the process dies before the next, without a last word.
 DRIVER = """
 import json, os, signal
@@ -152,7 +153,8 @@ def test_other_weights_and_settings_have_files_of_their_own(inputs: Inputs, tmp_
         named(inputs.causal, dtype="bfloat16"),
     ]
     assert len(set(files)) == len(files)
-    assert named(inputs.masked) == files[0]
+    shutil.copytree(inputs.masked, tmp_path / "elsewhere" / "masked")
+    assert named(inputs.masked) == named(tmp_path / "elsewhere" / "masked") == files[0]
     assert named(inputs.masked, metric="original", window=2) == files[2]  # no window there
 
 

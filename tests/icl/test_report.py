@@ -125,7 +125,7 @@ def test_published_scores() -> None:
     assert theirs["nq"]["GPT-3 1.3B"]["0"] == 4.4 and theirs["openbookqa"]["DeBERTa 1.5B"]["few"] == 50.4
     assert theirs["arc_challenge"]["DeBERTa 1.5B"]["0"] == 36.5 and theirs["arc_easy"]["DeBERTa 1.5B"]["0"] == 55.1
     assert all(set(scores) == {"0", "1", "few"} for one in theirs.values() for scores in one.values())
-    # A column that had slipped would not keep its row's mean; where the paper's is another, its is rounded from elsewhere.
+    # A column that had slipped would not keep its row's mean.
     for table, tolerance in ((2, 0.06), (3, 0.06), (4, 0.06)):
         names = [name for name, one in found.items() if one["table"] == table and not name.startswith("average")]
         scores = {shots: [theirs[name]["DeBERTa 1.5B"][shots] for name in names] for shots in ("0", "1", "few")}
