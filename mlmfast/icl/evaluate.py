@@ -17,6 +17,7 @@ import lm_eval
 import torch
 
 import mlmfast
+from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import MLMFastError, RequestError
 from mlmfast.icl import blimp, tasks
 from mlmfast.icl.answers import Answering, Answers
@@ -193,7 +194,8 @@ def _evaluated(
         for repetition, seed in enumerate(asked.seeds):
             bar.set_description(f"{label}, {asked.task}, {asked.shots} shots, {repetition + 1} of {len(asked.seeds)}")
             lm = Answering(opened.lm, answers, opened.lengths, opened.limit, opened.prepare, advance)
-            outcome = _judged(plan, opened, asked, seed, lm)
+            with quiet_transformers():  # of padding without a mask, which a causal model needs none for
+                outcome = _judged(plan, opened, asked, seed, lm)
             outcomes.append(outcome)
             tally["computed"] += lm.computed
             tally["found"] += lm.asked - lm.computed

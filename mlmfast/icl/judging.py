@@ -10,7 +10,6 @@ from typing import Any
 
 from lm_eval.evaluator import evaluate
 
-from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import MLMFastError, RequestError
 from mlmfast.icl import tasks
 from mlmfast.icl.outcomes import Outcome, mean_error
@@ -39,7 +38,7 @@ def loaded(name: str, data: Mapping[str, Path] | None, shots: int, seed: int, se
 def judged(lm: Any, task: Any, limit: int | None = None) -> Outcome:
     """What a model of lm_eval's makes of a task's examples, or of the first ``limit``."""
     name = task.config.task
-    with _silent_harness(), quiet_transformers():
+    with _silent_harness():
         found = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
     assert found is not None
     rows = found["samples"][name]

@@ -139,14 +139,13 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console()
     for one in tables(report):
-        drawn = Table(
-            title=Text(f"{one['task']}, {NAMES.get(one['metric'], one['metric'])}"), caption=Text(one["note"])
-        )
+        drawn = Table(title=Text(f"{one['task']}, {NAMES.get(one['metric'], one['metric'])}"), title_justify="left")
         for name in one["head"]:
             drawn.add_column(Text(name), justify="right")
         for row in one["rows"]:
             drawn.add_row(*map(Text, row))
         console.print(drawn)
+        console.print(Text(one["note"]))
 
 
 def _note(metric: str, results: Sequence[dict[str, Any]]) -> str:

@@ -286,6 +286,7 @@ def test_the_command_writes_everything(inputs: Inputs, ran: Ran, tmp_path: Path)
     for name in ("shots.svg", "size.svg"):
         svg = (tmp_path / "out" / name).read_text()
         assert "masked" in svg and "GPT-3 1.3B (published)" in svg
+    assert "attention_mask" not in result.output
     assert "rte, accuracy" in result.output and "DeBERTa 1.5B" in result.output
     assert "line breaks in prompts are '\\\\n '" in result.output
     names = {path.name for path in (tmp_path / "out").iterdir()}
