@@ -1,4 +1,4 @@
-"""The command line: ``mlmfast score | rank | generate | needle | esm | doctor | bench``.
+"""The command line: ``mlmfast score | rank | generate | eval | needle | esm | doctor | bench``.
 
 Exit status: 0 all rows scored, 1 some rows have ``error``, 2 the request itself is wrong, 70 a defect of mlmfast, 130
 interrupted, 141 the reader of a pipe has gone. Only commands import torch, so that ``--help`` is quick.
@@ -32,6 +32,7 @@ from mlmfast.commands import (
 )
 from mlmfast.errors import RequestError
 from mlmfast.esm_commands import app as esm_app
+from mlmfast.icl.commands import evaluate
 from mlmfast.icl.needle_command import needle
 from mlmfast.masking import check_metric
 from mlmfast.reporting import reporting, say
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(esm_app, name="esm")
 app.command()(needle)
+app.command("eval")(evaluate)
 
 METRIC_HELP = (
     "Which tokens are masked together with the one that is scored: original (it alone), within_word_l2r, window, "

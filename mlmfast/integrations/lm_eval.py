@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
+from transformers import StopStringCriteria
 
 import mlmfast
 from mlmfast.errors import RequestError, TextError
@@ -230,6 +231,8 @@ class MLMFastLM(LM):
                 until, settings = generation_settings(requests[places[0]].args[1], self.max_gen_toks)
                 if settings.get("min_new_tokens") and settings.get("eos_token_id") is None:
                     settings |= self._stops(until)
+                possible = [one for one in settings.get("stop_strings") or [] if self._writes(one)]
+                settings["stop_strings"] = possible or None
                 for part in parts(places, PROMPTS):
                     prompts = self._fitting([requests[place].args[0] for place in part], settings)
                     for place, one in zip(part, self.lm.generate(prompts, progress=False, **settings)):
@@ -361,6 +364,14 @@ class MLMFastLM(LM):
             tokens |= found
             strings += [] if found else [one]
         return {"eos_token_id": sorted(tokens), "stop_strings": strings or None}
+
+    def _writes(self, text: str) -> bool:
+        """Whether tokens can spell a stop string; transformers refuses to look for one that never comes."""
+        try:
+            StopStringCriteria(self.lm.tokenizer, [text])
+        except ValueError:
+            return False
+        return True
 
     def _bar(self, what: str, total: int, disable: bool) -> Any:
         return tqdm(total=total, desc=f"Running {what} requests", disable=disable or self.rank != 0)

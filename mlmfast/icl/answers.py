@@ -1,0 +1,198 @@
+"""Every answer that a model has given, kept in a file: what an interrupted evaluation continues from.
+
+lm_eval's own cache is not used. Its key is the request alone, so two models (or metrics) that share a file would share
+answers, and its values are pickles, which may hold anything when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from mlmfast.errors import RequestError
+
+# What is computed and kept together. Few characters for long prompts, so that little is lost; many requests where they
+# are short, so that batches are full.
+REQUESTS, CHARACTERS = 512, 1 << 18
+
+
+class Answers:
+    """A file of JSON Lines: first what the answers are of, then a line for each group of requests computed together.
+
+    A group is one line, so it is there as a whole or not at all: after an interruption the same requests are computed
+    in the same groups as without it, and come out the same to the last digit. A last line that was cut short is
+    removed. One process at a time may hold the file.
+
+    Args:
+        path: the file, made if it is not there.
+        identity: all that the answers depend on besides the requests: weights, metric, dtype ...
+
+    Raises:
+        RequestError: the file holds answers of something else, is in use, or is no such file.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self._known: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a+b")
+        try:
+            _lock(self._stream, path)
+            self._read(identity)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Any:
+        return self._known[key]
+
+    def add(self, group: dict[str, Any]) -> None:
+        """Keeps answers by their keys: they are with the operating system when this returns."""
+        self._write(group)
+        self._known |= group
+
+    def _write(self, value: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(value).encode() + b"\n")
+        self._stream.flush()
+
+    def _read(self, identity: dict[str, Any]) -> None:
+        identity = json.loads(json.dumps(identity))
+        self._stream.seek(0)
+        whole, found = 0, None
+        for line in self._stream:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                value = json.loads(line)
+            except ValueError:
+                break  # a machine that lost power may leave anything; what came before it stands
+            if found is None:
+                found = value.get("identity") if isinstance(value, dict) else None
+                if found != identity:
+                    raise RequestError(f"{self.path} holds answers of something else: give another --output folder")
+            else:
+                self._known |= value
+            whole += len(line)
+        self._stream.truncate(whole)
+        if found is None:
+            self._write({"identity": identity})
+
+
+class Answering(LM):
+    """A model of lm_eval's that asks another one only what has not been answered yet.
+
+    Args:
+        lm: the model.
+        answers: where its answers are kept.
+        lengths: requests of one kind -> the tokens of each; for ``prepare``.
+        limit: tokens that the model holds; None: any number.
+        prepare: is told the longest request, in tokens, of each group before it is computed.
+        progress: is told how many requests were answered.
+
+    Attributes:
+        asked: requests, each counted as often as it came.
+        computed: those that reached the model.
+        cut: of all that came, those too long for the model, whose contexts lost their beginnings.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        answers: Answers,
+        lengths: Callable[[str, Sequence[Instance]], list[int]],
+        limit: int | None,
+        prepare: Callable[[int], None] = lambda longest: None,
+        progress: Callable[[int], None] = lambda number: None,
+    ) -> None:
+        super().__init__()
+        self.asked = self.computed = self.cut = 0
+        self._lm = lm
+        self._answers = answers
+        self._lengths = lengths
+        self._limit = limit
+        self._prepare = prepare
+        self._progress = progress
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return [(value[0], value[1]) for value in self._answered("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        return self._answered("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        return self._answered("generate_until", requests)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self._lm.tokenizer_name)
+
+    def _answered(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
+        keys = [key_of(kind, request.args) for request in requests]
+        distinct = dict(zip(keys, requests))
+        new = [(key, request) for key, request in distinct.items() if key not in self._answers]
+        self._progress(len(distinct) - len(new))
+        for group in groups(new):
+            members = [request for _, request in group]
+            lengths = self._lengths(kind, members)
+            self._prepare(max(lengths))
+            found = getattr(self._lm, kind)(members, disable_tqdm=True)
+            cut = [self._limit is not None and length > self._limit for length in lengths]
+            self._answers.add({key: [answer, over] for (key, _), answer, over in zip(group, found, cut)})
+            self.computed += len(group)
+            self._progress(len(group))
+        self.asked += len(requests)
+        self.cut += sum(self._answers[key][1] for key in keys)
+        return [self._answers[key][0] for key in keys]
+
+
+def key_of(kind: str, arguments: Sequence[Any]) -> str:
+    """A request's name in the file."""
+    return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
+
+
+def groups(requests: Sequence[tuple[str, Instance]]) -> Iterator[list[tuple[str, Instance]]]:
+    """Consecutive requests that are computed together."""
+    group: list[tuple[str, Instance]] = []
+    size = 0
+    for key, request in requests:
+        group.append((key, request))
+        size += sum(len(part) for part in request.args if isinstance(part, str))
+        if len(group) == REQUESTS or size >= CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _lock(stream: Any, path: Path) -> None:
+    """Two runs that wrote one file at once would cut each other's lines."""
+    try:
+        fcntl: Any = import_module("fcntl")
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RequestError(f"{path} is in use by another run: wait for it") from None

@@ -1,0 +1,187 @@
+"""Results -> ``report.json``, ``report.md`` and a table on the terminal: models side by side, published ones last."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# Of these lm_eval's values are shown as they are; all others are parts of 1 and shown in percent.
+UNSCALED = ("bleu", "sacrebleu", "chrf", "ter", "perplexity", "word_perplexity", "bits_per_byte")
+PUBLISHED = Path(__file__).with_name("published.json")
+NAMES = {
+    "acc": "accuracy",
+    "f1": "F1",
+    "exact_match": "exact match",
+    "em": "exact match",
+    "sacrebleu": "BLEU",
+    "bleu": "BLEU",
+}
+
+
+def published() -> dict[str, Any]:
+    """The paper's tables 1 to 4: ``tasks`` -> name -> ``scores`` -> model -> shots -> score as printed."""
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
+def scaled(metric: str, value: float) -> float:
+    """A value as it is shown."""
+    return value if metric in UNSCALED else 100 * value
+
+
+def shown(metric: str, numbers: dict[str, Any]) -> str:
+    """``61.2 ± 0.8``: mean and standard deviation over repetitions, where there are several."""
+    mean = f"{scaled(metric, numbers['mean']):.1f}"
+    return mean if numbers["std"] is None else f"{mean} ± {scaled(metric, numbers['std']):.1f}"
+
+
+def write(folder: Path, report: dict[str, Any], samples: Iterable[dict[str, Any]] | None = None) -> None:
+    """``report.json`` and ``report.md``, and ``samples.jsonl.gz`` if there are samples; each appears whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if samples is not None:
+        lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
+        replace(folder / "samples.jsonl.gz", gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0))
+    replace(folder / "report.md", markdown(report).encode())
+    replace(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file that is whole at every moment."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def tables(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table for each metric of each task: ``task``, ``metric``, ``note``, ``head`` and ``rows``, all text."""
+    known = published()
+    labels = [model["label"] for model in report["models"]]
+    found = []
+    for task in dict.fromkeys(result["task"] for result in report["results"]):
+        results = [result for result in report["results"] if result["task"] == task]
+        reference = known["tasks"].get(task, {"scores": {}})["scores"]
+        for place, metric in enumerate(dict.fromkeys(name for result in results for name in result["metrics"])):
+            beside = reference if place == 0 else {}
+            rows = []
+            for shots in sorted({result["shots"] for result in results}):
+                cells = {result["model"]: result["metrics"] for result in results if result["shots"] == shots}
+                own = [
+                    shown(metric, cells[label][metric]) if metric in cells.get(label, {}) else "" for label in labels
+                ]
+                rows.append([str(shots), *own, *(_printed(scores, str(shots)) for scores in beside.values())])
+            if beside:
+                for shots in ("0", "1", "few"):
+                    if shots not in [row[0] for row in rows]:
+                        rows.append([shots, *("" for _ in labels), *(_printed(one, shots) for one in beside.values())])
+                rows.sort(key=lambda row: (row[0] == "few", int(row[0]) if row[0] != "few" else 0))
+            head = ["shots", *labels, *(f"{name} (published)" for name in beside)]
+            found.append({"task": task, "metric": metric, "note": _note(metric, results), "head": head, "rows": rows})
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for readers."""
+    lines = ["# In-context evaluation", ""]
+    head = ["model", "kind", "parameters", "dtype", "masked together", "line break of its prompts"]
+    models = [
+        [
+            model["label"],
+            model["kind"],
+            f"{model['parameters']:,}",
+            model["dtype"],
+            ", ".join(model["metrics"]) or "causal: nothing",
+            {"\n": "a real one"}.get(model["separator"], f"the characters `{model['separator']}`"),
+        ]
+        for model in report["models"]
+    ]
+    lines += [*table(head, models), ""]
+    lines += [
+        f"Values are means over repetitions with other demonstrations (first seed {report['seed']}) ± their standard "
+        "deviation; where there is no ±, there was one. Columns marked *published* are the paper's, not measured here: "
+        f'{published()["source"]}. Its "few" is 4 to 64 shots, by task.',
+        "",
+    ]
+    if report["limit"] is not None:
+        lines += [f"Only the first {report['limit']} examples were judged.", ""]
+    for one in tables(report):
+        lines += [f"## {one['task']}, {NAMES.get(one['metric'], one['metric'])}", "", one["note"], ""]
+        lines += [*table(one["head"], one["rows"]), ""]
+        parts = _parts(report, one["task"])
+        if parts:
+            lines += [*parts, ""]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    run = report["run"]
+    lines += [
+        f"{versions}.",
+        "",
+        f"This run: {run['seconds']:.1f} s, {run['computed']:,} requests computed, {run['found']:,} answered before.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; the first column to the left, numbers to the right."""
+    rule = ["---", *("---:" for _ in head[1:])]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows)]
+
+
+def show(report: dict[str, Any]) -> None:
+    """The same tables on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for one in tables(report):
+        drawn = Table(title=Text(f"{one['task']}, {NAMES.get(one['metric'], one['metric'])}"), title_justify="left")
+        for name in one["head"]:
+            drawn.add_column(Text(name), justify="right")
+        for row in one["rows"]:
+            drawn.add_row(*map(Text, row))
+        console.print(drawn)
+        console.print(Text(one["note"]))
+
+
+def _note(metric: str, results: Sequence[dict[str, Any]]) -> str:
+    """Examples, chance, how often, how exact, and what had to be cut."""
+    examples = sorted({result["examples"] for result in results})
+    chances = {result["metrics"][metric]["chance"] for result in results if metric in result["metrics"]} - {None}
+    errors = [result["metrics"][metric]["standard_error"] for result in results if metric in result["metrics"]]
+    said = [f"{' or '.join(f'{number:,}' for number in examples)} examples"]
+    if chances:
+        said.append("chance " + " or ".join(f"{scaled(metric, chance):.1f}" for chance in sorted(chances)))
+    if any(error is not None for error in errors):
+        most = max(error for error in errors if error is not None)
+        said.append(f"standard error over examples at most {scaled(metric, most):.1f}")
+    repetitions = {len(result["metrics"][metric]["repetitions"]) for result in results if metric in result["metrics"]}
+    if max(repetitions) > 1:
+        said.append(f"{max(repetitions)} repetitions")
+    cut = [f"{result['model']}, {result['shots']} shots: {result['cut']:,}" for result in results if result["cut"]]
+    note = "; ".join(said) + "."
+    if cut:
+        note += " Prompts that lost their beginnings, too long for the model: " + "; ".join(cut) + "."
+    return note
+
+
+def _parts(report: dict[str, Any], task: str) -> list[str]:
+    """A row for each paradigm of BLiMP's."""
+    results = [result for result in report["results"] if result["task"] == task and "parts" in result]
+    names = sorted({name for result in results for name in result["parts"]})
+    if not names:
+        return []
+    rows = [
+        [name, str(max(result["parts"].get(name, {"pairs": 0})["pairs"] for result in results))]
+        + [f"{100 * result['parts'][name]['accuracy']:.1f}" if name in result["parts"] else "" for result in results]
+        for name in names
+    ]
+    return table(["paradigm", "pairs", *(result["model"] for result in results)], rows)
+
+
+def _printed(scores: dict[str, float], shots: str) -> str:
+    return f"{scores[shots]:.1f}" if shots in scores else ""
