@@ -121,10 +121,8 @@ class HeadLoss(torch.autograd.Function):
         return dx, dw, db, None
 
 
-def masked_loss(
-    model: torch.nn.Module, ids: torch.Tensor, where: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Mean loss of `labels` at the flat places `where` of `ids` [rows, n], which is all of one length."""
+def masked_rows(model: torch.nn.Module, ids: torch.Tensor, where: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the head gives to the vocabulary [len(where), d] at the flat places `where` of `ids` [rows, n]."""
     from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
     c, enc, emb = model.config, model.deberta.encoder, model.deberta.embeddings
@@ -156,8 +154,32 @@ def masked_loss(
         y = F.gelu(lin(x, layer.intermediate.dense))
         x = norm(lin(y, layer.output.dense) + x, layer.output.LayerNorm)
     head = model.lm_predictions.lm_head
-    x = norm(F.gelu(lin(x[where], head.dense)), head.LayerNorm)
-    return HeadLoss.apply(x, emb.word_embeddings.weight, head.bias, labels)
+    return norm(F.gelu(lin(x[where], head.dense)), head.LayerNorm)
+
+
+def masked_loss(
+    model: torch.nn.Module, ids: torch.Tensor, where: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Mean loss of `labels` at the flat places `where` of `ids`."""
+    x = masked_rows(model, ids, where, dtype)
+    return HeadLoss.apply(x, model.deberta.embeddings.word_embeddings.weight, model.lm_predictions.lm_head.bias, labels)
+
+
+def best_tokens(model: torch.nn.Module, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The likeliest token at each place, in the numbers of the training."""
+    x = masked_rows(model, ids, where, torch.bfloat16)
+    words, bias = model.deberta.embeddings.word_embeddings.weight, model.lm_predictions.lm_head.bias
+    return (F.linear(x, words.to(x.dtype)).float() + bias).argmax(-1)
+
+
+def start_from(model: torch.nn.Module, folder: str, tokenizer: Path) -> None:
+    """Weights of a checkpoint of this shape, and its tokenizer copied to where the training looks for one."""
+    from transformers import DebertaV2ForMaskedLM
+
+    model.load_state_dict(DebertaV2ForMaskedLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    for f in "tokenizer.json", "tokenizer_config.json":
+        (tokenizer / f).write_bytes((Path(folder) / f).read_bytes())
 
 
 def self_check(model: torch.nn.Module) -> None:

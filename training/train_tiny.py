@@ -23,7 +23,8 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # many batch 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are ruinous on a shared machine
 import numpy as np
 import torch
-from tiny_model import export, make_model, masked_loss, self_check
+from tiny_context import ACCOUNTED, Context
+from tiny_model import best_tokens, export, make_model, masked_loss, self_check, start_from
 from tiny_text import CLS, MASK, SEP, read_text, train_tokenizer
 
 
@@ -52,10 +53,11 @@ def prepare(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 class Batches:
-    """Batches of rows of one length each: single sentences, and chunks of running text."""
+    """Batches of rows of one length each: sentences, chunks of running text, rows to be filled in from context."""
 
     def __init__(self, data: dict[str, np.ndarray], args: argparse.Namespace) -> None:
         self.args, self.run = args, data["train_runs"].astype(np.int64)
+        self.context = Context(self.run, Path(args.work) / "tokenizer", args.wordnet)
         self.rows = {}
         for kind in "sents", "glosses":
             self.rows[kind] = self.by_length(data["train_" + kind], data[f"train_{kind}_len"])
@@ -64,6 +66,7 @@ class Batches:
         self.held = [(m[: args.batch // (n + 2)], "sent") for n, m in held.items() if n % 3 == 2]
         run = data["held_runs"].astype(np.int64)
         self.held += [(run[: len(run) // 126 * 126].reshape(-1, 126)[:160], "run")]
+        self.needles = {n: self.context.needles(16, n, run) for n in (62, 126, 254)}
 
     def by_length(self, flat: np.ndarray, lens: np.ndarray, low: int = 3, high: int = 62) -> dict[int, np.ndarray]:
         """{length: rows [count, length]} of the sentences whose length lies in low..high."""
@@ -90,6 +93,8 @@ class Batches:
     def next(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The masked batch of a step; what is drawn depends on the seed and the step alone."""
         rng = np.random.default_rng([self.args.seed, 2, step])
+        if rng.random() < self.args.context:
+            return self.context.batch((self.args.seed, 3, step), self.args.batch)
         if rng.random() < self.args.chunks:
             n = 254 if rng.random() < 0.15 else 126
             starts = rng.integers(0, len(self.run) - n, self.args.batch // (n + 2))
@@ -117,7 +122,7 @@ def mask_rows(rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor,
 
 
 def evaluate(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
-    """Held-out loss of single sentences and of running text, always with the same masks."""
+    """Held-out loss of sentences and running text and the share of needles found, always with the same masks."""
     out = {"sent": [0.0, 0], "run": [0.0, 0]}
     rng = np.random.default_rng(7)
     with torch.no_grad():
@@ -127,7 +132,15 @@ def evaluate(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
                 if len(where):
                     out[kind][0] += masked_loss(model, ids, where, labels, torch.bfloat16).item() * len(where)
                     out[kind][1] += len(where)
-    return {k: a / n for k, (a, n) in out.items()}
+        losses = {k: a / n for k, (a, n) in out.items()}
+        for n, (ids, where, labels) in batches.needles.items():
+            found = best_tokens(model, ids, where) == labels
+            losses[f"digits {n + 2}"] = found.float().mean().item()
+            losses[f"needles {n + 2}"] = found.view(-1, 6).all(1).float().mean().item()
+        for kind in ACCOUNTED:
+            ids, where, labels = batches.context.batch("held", 4096, 126, kind)
+            losses[kind] = masked_loss(model, ids, where, labels, torch.bfloat16).item()
+    return losses
 
 
 def main() -> None:
@@ -140,6 +153,10 @@ def main() -> None:
     ap.add_argument("--minutes", type=float, default=1e9, help="or after so many minutes, whichever is sooner")
     ap.add_argument("--batch", type=int, default=8192, help="tokens a step")
     ap.add_argument("--chunks", type=float, default=0.27, help="share of steps on running text")
+    ap.add_argument(
+        "--context", type=float, default=0.5, help="share of steps on rows to be filled in from their context"
+    )
+    ap.add_argument("--init", help="folder of a model of this shape to begin with, tokenizer included")
     ap.add_argument("--lr", type=float, default=2e-3, help="AdamW: embeddings, norms, biases")
     ap.add_argument("--muon-lr", type=float, default=4e-3, help="Muon: matrices (0: AdamW for these too)")
     ap.add_argument("--weight-decay", type=float, default=0.05)
@@ -166,6 +183,8 @@ def main() -> None:
         export(model, args.out, Path(args.work) / "tokenizer")
         return
     self_check(model)
+    if args.init:
+        start_from(model, args.init, Path(args.work) / "tokenizer")
     batches = Batches(prepare(args), args)
 
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n]
@@ -220,8 +239,8 @@ def main() -> None:
             if hasattr(libc, "malloc_trim"):
                 libc.malloc_trim(0)  # batches of many shapes leave holes
             print(
-                f"step {step} tokens {tokens / 1e6:.2f}M done {part:.1%} held-out: sentences {held['sent']:.4f} "
-                f"running text {held['run']:.4f}",
+                f"step {step} tokens {tokens / 1e6:.2f}M done {part:.1%} held-out: "
+                + ", ".join(f"{k} {v:.4f}" for k, v in held.items()),
                 flush=True,
             )
         if part >= 1:
