@@ -28,8 +28,8 @@ class Answers:
     """A file of JSON Lines: first what the answers are of, then a line for each group of requests computed together.
 
     A group is one line, so it is there as a whole or not at all: after an interruption the same requests are computed
-    in the same groups as without it, and come out the same to the last digit. A last line that was cut short is
-    removed. One process at a time may hold the file.
+    in the same groups as without it, and what a batch does to last digits is the same. A last line that was cut short
+    is removed. One process at a time may hold the file.
 
     Args:
         path: the file, made if it is not there.

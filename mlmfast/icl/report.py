@@ -108,7 +108,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     if report["limit"] is not None:
-        lines += [f"Only the first {report['limit']} examples were judged.", ""]
+        lines += [f"Only the first {report['limit']} examples were judged, of BLiMP those of each paradigm.", ""]
     for one in tables(report):
         lines += [f"## {one['task']}, {NAMES.get(one['metric'], one['metric'])}", "", one["note"], ""]
         lines += [*table(one["head"], one["rows"]), ""]

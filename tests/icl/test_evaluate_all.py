@@ -70,15 +70,21 @@ def test_every_task_has_its_metrics_and_repetitions(report: Report) -> None:
         assert has_error == (task not in icl_rows.TRANSLATIONS and task != "multirc" and result["examples"] > 1), task
 
 
-def test_chance_of_wsc(report: Report) -> None:
+def test_chance_of_wsc(tmp_path: Path) -> None:
     """Of n noun phrases a blind choice finds the right one with 1/n, and with 1 - 1/n does not find a wrong one."""
-    (result,) = [r for r in report[0]["results"] if (r["model"], r["task"]) == ("masked", "wsc")]
-    samples = [s for s in report[1] if (s["model"], s["task"], s["repetition"]) == ("masked", "wsc", 0)]
-    hits = [1 / len(s["candidates"]) for s in samples]
-    labels = [str(row["label"]) in ("1", "True") for row in icl_rows.ROWS["wsc"][0]]
-    expected = [hit if label else 1 - hit for hit, label in zip(hits, labels)]
-    assert len(set(labels)) == 2
-    assert result["metrics"]["acc"]["chance"] == pytest.approx(sum(expected) / len(expected))
+    from mlmfast.icl import judging
+
+    right, wrong = (dict(row) for row in icl_rows.ROWS["wsc"][0][:2])
+    right["candidates"] = [*right["candidates"], "the harbour", "the rain"]
+    assert (right["label"], wrong["label"]) == (1, 0) and len(wrong["candidates"]) == 2
+    (tmp_path / "wsc.jsonl").write_text(json.dumps(right) + "\n" + json.dumps(wrong) + "\n")
+    task = judging.loaded("wsc", {"test": tmp_path / "wsc.jsonl"}, 0, 42, "\n")
+    docs = list(task.test_docs())
+    assert [len(task.doc_to_choice(doc)) for doc in docs] == [4, 2]
+    assert judging._chance(task, "acc", docs) == pytest.approx((1 / 4 + 1 / 2) / 2)
+    (tmp_path / "wsc.jsonl").write_text(json.dumps(right | {"label": 0}) + "\n")
+    (doc,) = judging.loaded("wsc", {"test": tmp_path / "wsc.jsonl"}, 0, 42, "\n").test_docs()
+    assert judging._chance(task, "acc", [doc]) == pytest.approx(3 / 4)
 
 
 def test_choices_are_the_tasks_own(report: Report) -> None:

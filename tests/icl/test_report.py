@@ -103,7 +103,7 @@ def test_markdown(report: dict[str, Any]) -> None:
     text = " ".join(lines)
     assert "not measured here: Samuel (2024)" in text and "arXiv 2406.04823" in text and "Only the first" not in text
     limited = module.markdown(report | {"limit": 7})
-    assert "Only the first 7 examples were judged." in limited
+    assert "Only the first 7 examples were judged, of BLiMP those of each paradigm." in limited
 
 
 def test_the_terminal_has_the_same_numbers(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
