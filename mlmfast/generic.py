@@ -38,7 +38,15 @@ from mlmfast.reference.vocab_rows import row_chunks
 FAMILY = "generic"
 # Whose code a family's file stands for.
 LIBRARIES = ("torch.", "transformers.")
-ACTIVATIONS = {type(ACT2FN[name]) for name in ACT2FN} - {nn.Identity}
+
+
+def _activation(name: str) -> Any:
+    """The class of one of transformers' activations; ``ACT2FN[name]`` would make one, and some say things then."""
+    made = dict.__getitem__(ACT2FN, name)
+    return made[0] if isinstance(made, tuple) else made
+
+
+ACTIVATIONS = {_activation(name) for name in ACT2FN} - {nn.Identity}
 OWN_ACTIVATION = re.compile(r"pooler|generator_predictions|contact_head")
 # The probe's sequences: some that are computed together and alone, and one beyond the chunks of 64 tokens below which
 # models that hash (Reformer) do not.
@@ -428,7 +436,7 @@ def foreign(model: Any) -> str | None:
 
 def foreign_module(modules: Iterable[tuple[str, Any]], config: Any) -> str | None:
     """The first of some named modules that are not as transformers makes them of a config, and why; None if all are."""
-    named = {type(ACT2FN[value]) for value in vars(config).values() if isinstance(value, str) and value in ACT2FN}
+    named = {_activation(value) for value in vars(config).values() if isinstance(value, str) and value in ACT2FN}
     for name, module in modules:
         # Families read the activation's name in the config. Those of a head or pooler need not be named there.
         if type(module) in ACTIVATIONS - named and not OWN_ACTIVATION.search(name):
