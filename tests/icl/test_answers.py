@@ -86,6 +86,7 @@ def without_run(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow  # four processes, each of which imports everything; the interrupt below is tested always
 def test_a_killed_run_continues_where_it_stopped(inputs: Inputs, tmp_path: Path) -> None:
     """Killed in the first model and once more in the second: nothing that was answered is asked again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

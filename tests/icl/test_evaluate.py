@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import mlmfast
 from mlmfast import cli
-from mlmfast.errors import RequestError
+from mlmfast.errors import CheckpointError, RequestError
 
 pytest.importorskip("lm_eval", reason='pip install "mlmfast[eval]"')
 
@@ -175,6 +175,21 @@ def test_blimp(inputs: Inputs, ran: Ran) -> None:
         assert result["metrics"]["acc"]["mean"] == pytest.approx(statistics.mean(accuracies.values()))
         assert {part["pairs"] for part in result["parts"].values()} == {evaluation.PAIRS}
     assert [model["metrics"] for model in ran[0]["models"]] == [["window", "original"], []]
+
+
+def test_weights_that_make_no_sense_are_refused(short: Callable[[int], Path]) -> None:
+    """As of a masked model: NaN, and what the checkpoint has not and would be random."""
+    folder = short(64)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.h[0].ln_1.weight[2] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        models.open_model(str(folder), models.Settings())
+    config = model.config.to_dict() | {"n_layer": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="freshly initialised"):
+        models.open_model(str(folder), models.Settings())
 
 
 def test_tiny_has_line_breaks_and_its_trained_semantics() -> None:
