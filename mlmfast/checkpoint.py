@@ -101,7 +101,7 @@ def load(
     if objective not in OBJECTIVES:
         raise RequestError(f"objective={objective!r} is not known; choose one of {', '.join(OBJECTIVES)}")
     if live:
-        name = check_live(model, tokenizer, None if dtype == "auto" else _dtype(dtype), device)
+        name = check_live(model, tokenizer, None if dtype == "auto" else dtype_of(dtype), device)
         return MaskedLM(
             model,
             tokenizer,
@@ -114,12 +114,12 @@ def load(
             objective=objective,
         )
     name = os.path.expanduser(os.fspath(model))
-    place = _device(device)
+    place = device_of(device)
     source = str(Path(__file__).with_name("tiny")) if model == "tiny" else name  # Path("tiny") is a folder
     loaded = load_checkpoint(
         source,
         semantics=semantics,
-        dtype=torch.float32 if dtype == "auto" else _dtype(dtype),
+        dtype=torch.float32 if dtype == "auto" else dtype_of(dtype),
         device=place,
         revision=revision,
         allow_random_head=allow_random_head,
@@ -138,14 +138,24 @@ def load(
     )
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name.
+
+    Raises:
+        RequestError: one that weights are not loaded in.
+    """
     found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
     if found not in DTYPES.values():
         raise RequestError(f"dtype={dtype!r} is not known; choose 'auto' or one of {', '.join(DTYPES)}")
     return cast(torch.dtype, found)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """A device by its name; ``"auto"`` is CUDA if there is one.
+
+    Raises:
+        RequestError: it cannot be used here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -259,7 +269,7 @@ def check_live(model: Any, tokenizer: Any, dtype: torch.dtype | None, device: st
     own = next(model.parameters())
     if dtype is not None and dtype != own.dtype:
         raise RequestError(f"a live model keeps its dtype ({own.dtype}); convert it yourself: model.to({dtype})")
-    if device != "auto" and _device(device) not in (own.device, torch.device(own.device.type)):
+    if device != "auto" and device_of(device) not in (own.device, torch.device(own.device.type)):
         raise RequestError(f"a live model stays on its device ({own.device}); move it yourself: model.to({device!r})")
     check_finite(name, dict(model.named_parameters()))
     return name

@@ -23,8 +23,10 @@ from mlmfast.commands import (
     BatchTokens,
     Device,
     DType,
+    Objective,
     Quiet,
     Revision,
+    Semantics,
     ShardRows,
     check_output,
     own_code,
@@ -58,12 +60,6 @@ METRIC_HELP = (
     "global_l2r, unmasked, or strided (approximate: not the exact PLL)."
 )
 Model = Annotated[str, typer.Option(help='"tiny" (bundled), a Hugging Face Hub name, or a local folder.')]
-Semantics = Annotated[
-    str, typer.Option(help="trained (as the model was trained) or upstream (what transformers computes); DeBERTa only.")
-]
-Objective = Annotated[
-    str, typer.Option(help="mlm (a masked token is predicted at its place) or mntp (at the one before: GPT-BERT).")
-]
 RandomHead = Annotated[
     bool, typer.Option("--allow-random-head", help="Score although the checkpoint has no trained prediction head.")
 ]

@@ -26,8 +26,33 @@ DType = Annotated[str, typer.Option(help="auto (float32), float32, bfloat16, flo
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Backend = Annotated[str, typer.Option(help="auto, or one that `mlmfast doctor` lists.")]
 BatchTokens = Annotated[int | None, typer.Option(min=1, help="Tokens in one pass: bounds memory.")]
+Semantics = Annotated[
+    str, typer.Option(help="trained (as the model was trained) or upstream (what transformers computes); DeBERTa only.")
+]
+Objective = Annotated[
+    str, typer.Option(help="mlm (a masked token is predicted at its place) or mntp (at the one before: GPT-BERT).")
+]
+# Of prompts' lines: mlmfast.icl.checkpoints.separator_of.
+Separator = Annotated[
+    str,
+    typer.Option(
+        help="The line break of prompts: newline, literal (a backslash, an n and a space, as in the paper), space, any "
+        r"other text (\n in it is a line break), or auto: newline where the tokenizer keeps it, else literal; for tiny "
+        "newline."
+    ),
+]
 ShardRows = Annotated[int, typer.Option(help="Rows in each file of an output folder.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
+
+
+def check_folder(output: Path) -> None:
+    """Refuses a file where a folder is to be.
+
+    Raises:
+        RequestError: it is one.
+    """
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"--output {output} is a file; give a folder")
 
 
 def check_output(output: str, source: str) -> None:

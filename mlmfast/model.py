@@ -47,6 +47,7 @@ class MaskedLM:
         tokenizer: its tokenizer.
         semantics: ``"trained"`` or ``"upstream"``.
         objective: ``"mlm"`` or ``"mntp"``.
+        extras: tensors of the checkpoint that its transformers class leaves behind, such as a mask decoder's.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class MaskedLM:
         self.family: str = FAMILY if self.generic else model.config.model_type
         if self.generic and backend != "auto":
             raise BackendError(f"{name} runs in its own code, which no backend serves; use backend='auto'")
-        self._extras = extras
+        self.extras = extras
         self._derived = Derived()
         self._backend = None if backend == "auto" else backend
         self._batch_tokens = check_batch_tokens(batch_tokens)
@@ -128,7 +129,7 @@ class MaskedLM:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles take model, tokenizer and settings along; what was computed from weights is so anew."""
-        settings: dict[str, Any] = {"name": self.name, "semantics": self.semantics, "extras": self._extras}
+        settings: dict[str, Any] = {"name": self.name, "semantics": self.semantics, "extras": self.extras}
         settings |= {"backend": self._backend or "auto", "batch_tokens": self._batch_tokens}
         settings |= {"cuda_graphs": self._graphs is not None, "objective": self.objective}
         return partial(MaskedLM, **settings), (self.model, self.tokenizer)
@@ -156,7 +157,7 @@ class MaskedLM:
                 f"{self.name}: {other}, and had not when it was loaded; take it away (merge an adapter, remove a "
                 "hook), or load the model again to have its own code compute it"
             )
-        return self._architecture.build(self.model, self._derived, self._extras, self.semantics)
+        return self._architecture.build(self.model, self._derived, self.extras, self.semantics)
 
     def score(
         self,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlmfast.errors import RequestError
 from mlmfast.readers import Row
-from mlmfast.writers import PartialFile, Record, Tally
+from mlmfast.writers import PartialFile, Record, Tally, replace
 
 
 class FolderSink:
@@ -148,13 +147,7 @@ class FolderSink:
 
     def _write_manifest(self) -> None:
         self._folder.mkdir(exist_ok=True)
-        path = self._folder / "manifest.json"
-        beside = path.with_name("manifest.json.partial")
-        with beside.open("w", encoding="utf-8") as stream:
-            json.dump(self._manifest, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
+        replace(self._folder / "manifest.json", json.dumps(self._manifest, indent=1).encode())
 
 
 def _update(digest: Any, window: Sequence[Row]) -> None:

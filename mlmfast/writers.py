@@ -75,6 +75,19 @@ def encode(record: Record) -> bytes:
         return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file that is whole, and on disk, at every moment."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 class StreamSink:
     """Standard output or another stream: lines as they come."""
 

@@ -9,55 +9,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from mlmfast.errors import RequestError
+from mlmfast.icl.ledger import Ledger, Record
 
 # What is computed and kept together. Few characters for long prompts, so that little is lost; many requests where they
 # are short, so that batches are full.
 REQUESTS, CHARACTERS = 512, 1 << 18
 
 
-class Answers:
-    """A file of JSON Lines: first what the answers are of, then a line for each group of requests computed together.
+class Answers(Ledger):
+    """A ledger whose records are groups of requests computed together: name of a request -> answer.
 
-    A group is one line, so it is there as a whole or not at all: after an interruption the same requests are computed
-    in the same groups as without it, and what a batch does to last digits is the same. A last line that was cut short
-    is removed. One process at a time may hold the file.
+    After an interruption the same requests are computed in the same groups as without it, and what a batch does to last
+    digits is the same.
 
     Args:
         path: the file, made if it is not there.
         identity: all that the answers depend on besides the requests: weights, metric, dtype ...
-
-    Raises:
-        RequestError: the file holds answers of something else, is in use, or is no such file.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path = path
         self._known: dict[str, Any] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a+b")
-        try:
-            _lock(self._stream, path)
-            self._read(identity)
-        except BaseException:
-            self._stream.close()
-            raise
+        super().__init__(path, identity)
 
-    def __enter__(self) -> Answers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
+    def take(self, records: Sequence[Record]) -> None:
+        for group in records:
+            self._known |= group
 
     def __len__(self) -> int:
         return len(self._known)
@@ -67,37 +49,6 @@ class Answers:
 
     def __getitem__(self, key: str) -> Any:
         return self._known[key]
-
-    def add(self, group: dict[str, Any]) -> None:
-        """Keeps answers by their keys: they are with the operating system when this returns."""
-        self._write(group)
-        self._known |= group
-
-    def _write(self, value: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(value).encode() + b"\n")
-        self._stream.flush()
-
-    def _read(self, identity: dict[str, Any]) -> None:
-        identity = json.loads(json.dumps(identity))
-        self._stream.seek(0)
-        whole, found = 0, None
-        for line in self._stream:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                value = json.loads(line)
-            except ValueError:
-                break  # a machine that lost power may leave anything; what came before it stands
-            if found is None:
-                found = value.get("identity") if isinstance(value, dict) else None
-                if found != identity:
-                    raise RequestError(f"{self.path} holds answers of something else: give another --output folder")
-            else:
-                self._known |= value
-            whole += len(line)
-        self._stream.truncate(whole)
-        if found is None:
-            self._write({"identity": identity})
 
 
 class Answering(LM):
@@ -159,7 +110,7 @@ class Answering(LM):
             self._prepare(max(lengths))
             found = getattr(self._lm, kind)(members, disable_tqdm=True)
             cut = [self._limit is not None and length > self._limit for length in lengths]
-            self._answers.add({key: [answer, over] for (key, _), answer, over in zip(group, found, cut)})
+            self._answers.add([{key: [answer, over] for (key, _), answer, over in zip(group, found, cut)}])
             self.computed += len(group)
             self._progress(len(group))
         self.asked += len(requests)
@@ -184,15 +135,3 @@ def groups(requests: Sequence[tuple[str, Instance]]) -> Iterator[list[tuple[str,
             group, size = [], 0
     if group:
         yield group
-
-
-def _lock(stream: Any, path: Path) -> None:
-    """Two runs that wrote one file at once would cut each other's lines."""
-    try:
-        fcntl: Any = import_module("fcntl")
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise RequestError(f"{path} is in use by another run: wait for it") from None

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from mlmfast.commands import Backend, BatchTokens, Device, DType, Quiet, Revision
+from mlmfast.commands import (
+    Backend,
+    BatchTokens,
+    Device,
+    DType,
+    Quiet,
+    Revision,
+    Semantics,
+    Separator,
+    check_folder,
+)
 from mlmfast.errors import RequestError
 from mlmfast.reporting import reporting, say
 
@@ -40,14 +50,8 @@ def evaluate(
         str | None, typer.Option(help="Of masked models. Unless given: window; for blimp original.", show_default=False)
     ] = None,
     window: Annotated[int, typer.Option(help="Positions masked at once by metric window.")] = 3,
-    separator: Annotated[
-        str | None,
-        typer.Option(
-            help=r"The line break of prompts; \n is read as a line break, \\n as the two characters. Unless given: a "
-            "backslash, an n and a space where the tokenizer drops line breaks, else a line break.",
-            show_default=False,
-        ),
-    ] = None,
+    separator: Separator = "auto",
+    semantics: Semantics = "trained",
     samples: Annotated[
         bool, typer.Option("--samples", help="Write samples.jsonl.gz: prompts, scores and choice of each example.")
     ] = False,
@@ -72,7 +76,7 @@ def evaluate(
         from mlmfast.icl import figures, report
         from mlmfast.icl.models import Settings
 
-        settings = Settings(metric, window, dtype, device, backend, batch_tokens, revision)
+        settings = Settings(metric, window, dtype, device, backend, batch_tokens, revision, semantics)
         names = [name for given in tasks for name in listed(given)]
         plan = evaluation.Plan(
             models=model,
@@ -82,11 +86,10 @@ def evaluate(
             repetitions=repetitions,
             seed=seed,
             limit=limit,
-            separator=None if separator is None else unescaped(separator),
+            separator=separator,
             settings=settings,
         )
-        if output.exists() and not output.is_dir():
-            raise RequestError(f"--output {output} is a file; name a folder")
+        check_folder(output)
         kept: list[dict[str, Any]] | None = [] if samples else None
         try:
             found = evaluation.run(plan, output, samples=kept, quiet=quiet)
@@ -124,11 +127,6 @@ def numbers(given: str) -> list[int]:
         raise RequestError(
             f"--shots {given}: whole numbers with commas between them are meant, such as 0,1,4"
         ) from None
-
-
-def unescaped(given: str) -> str:
-    r"""``\n`` as a shell passes it -> a line break; ``\\n`` -> backslash and n."""
-    return given.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\")
 
 
 def data_of(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Path]]:

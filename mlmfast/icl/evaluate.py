@@ -21,8 +21,9 @@ from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import MLMFastError, RequestError
 from mlmfast.icl import blimp, tasks
 from mlmfast.icl.answers import Answering, Answers
+from mlmfast.icl.checkpoints import NEWLINE, kind_of, split, written
 from mlmfast.icl.judging import judged, loaded
-from mlmfast.icl.models import METRIC, NEWLINE, Opened, Settings, kind_of, open_model, split
+from mlmfast.icl.models import METRIC, Opened, Settings, open_model
 from mlmfast.icl.outcomes import Outcome, together
 from mlmfast.masking import check_metric
 
@@ -46,7 +47,7 @@ class Plan:
         repetitions: draws of demonstrations; one where there is nothing to draw, and where the paper has one.
         seed: of the first draw; each further one has the next.
         limit: the first so many examples, of BLiMP in each paradigm; None for all.
-        separator: None: by each model's tokenizer.
+        separator: of prompts' lines; ``auto``: by each model's tokenizer.
         settings: how models are loaded; ``metric`` None for the paper's.
     """
 
@@ -57,7 +58,7 @@ class Plan:
     repetitions: int = 5
     seed: int = 42
     limit: int | None = None
-    separator: str | None = None
+    separator: str = "auto"
     settings: Settings = field(default_factory=Settings)
 
 
@@ -90,6 +91,8 @@ def runs_of(plan: Plan) -> list[Run]:
         raise RequestError(f"--data {unasked[0]}=...: the tasks asked for are {', '.join(names)}")
     if BLIMP in names and "test" not in plan.data.get(BLIMP, {}):
         raise RequestError("task blimp needs its file: --data blimp=FILE (UID, sentence_good, sentence_bad)")
+    if not written(plan.separator).strip(" "):
+        raise RequestError(f"--separator {plan.separator}: spaces part no lines of the tasks' prompts")
     found = []
     for name in names:
         for shots in sorted({0} if name == BLIMP else set(plan.shots)):

@@ -9,26 +9,17 @@ from typing import Any
 
 from mlmfast.icl.report import NAMES, published, scaled
 
-SUFFIXES = ("png", "svg")
-
 
 def draw(folder: Path, report: dict[str, Any]) -> list[Path]:
     """``shots.png``, ``shots.svg``, ``size.png``, ``size.svg``: a panel a task, its first metric."""
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "mlmfast"  # the same report, the same file
-    plt = importlib.import_module("matplotlib.pyplot")
+    figures = importlib.import_module("matplotlib.figure")
     tasks = list(dict.fromkeys(result["task"] for result in report["results"]))
     written = []
     for name, panel in (("shots", _by_shots), ("size", _by_size)):
         columns = min(3, len(tasks))
-        figure, axes = plt.subplots(
-            math.ceil(len(tasks) / columns),
-            columns,
-            figsize=(5 * columns, 3.8 * math.ceil(len(tasks) / columns)),
-            squeeze=False,
-            layout="constrained",
-        )
+        rows = math.ceil(len(tasks) / columns)
+        figure = figures.Figure(figsize=(5 * columns, 3.8 * rows), layout="constrained")  # draws without a screen
+        axes = figure.subplots(rows, columns, squeeze=False)
         for axis in axes.flat[len(tasks) :]:
             axis.set_visible(False)
         for task, axis in zip(tasks, axes.flat):
@@ -41,11 +32,17 @@ def draw(folder: Path, report: dict[str, Any]) -> list[Path]:
             axis.set_title(task)
             axis.set_ylabel(NAMES.get(metric, metric))
             axis.legend(fontsize="x-small")
-        for suffix in SUFFIXES:
-            path = folder / f"{name}.{suffix}"
-            figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else {"Software": None})
-            written.append(path)
-        plt.close(figure)
+        written += save(figure, folder / name)
+    return written
+
+
+def save(figure: Any, path: Path) -> list[Path]:
+    """Writes ``path`` as PNG and SVG; the same figure is the same files."""
+    matplotlib = importlib.import_module("matplotlib")
+    written = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    with matplotlib.rc_context({"svg.hashsalt": "mlmfast"}):
+        figure.savefig(written[0], dpi=200, metadata={"Software": None})
+        figure.savefig(written[1], metadata={"Date": None})
     return written
 
 

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlmfast.icl.figures import save
+
 
 def draw(found: dict[str, Any], path: Path) -> list[Path]:
     """Writes ``path`` as PNG and SVG; nothing where matplotlib is not installed.
@@ -22,20 +24,17 @@ def draw(found: dict[str, Any], path: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
     matplotlib = importlib.import_module("matplotlib")
-    figures, style = importlib.import_module("matplotlib.figure"), {"svg.hashsalt": "mlmfast", "font.size": 8}
+    figures = importlib.import_module("matplotlib.figure")
     models = found["models"]
     rows = max(len(model["rows"]) for model in models)
     places = found["settings"]["placements"]
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({"font.size": 8}):
         width, height = max(0.42 * places + 1.6, 4.5), 0.34 * rows + 1.5
         figure = figures.Figure(figsize=(width, height * len(models)), layout="constrained")  # draws without a screen
         for panel, model in zip(figure.subplots(len(models), squeeze=False)[:, 0], models):
             _panel(panel, model, places)
         figure.suptitle(f"Numbers found, per cent (chance {found['chance']['number']:.4%})")
-        written = [path.with_suffix(".png"), path.with_suffix(".svg")]
-        figure.savefig(written[0], dpi=200)
-        figure.savefig(written[1], metadata={"Date": None})
-    return written
+        return save(figure, path)
 
 
 def _panel(panel: Any, model: dict[str, Any], places: int) -> None:

@@ -1,62 +1,82 @@
 """What a long run has finished, kept line by line: the next run of the same settings goes on from there.
 
-JSON Lines: a header of settings, then a record a finished item. A run that was killed leaves at most its last line
-torn; that line is cut off and its item done again.
+JSON Lines: a header of settings, then a record for what was finished together. A record is one line, so it is there as
+a whole or not at all: a run that was killed leaves at most its last line torn, which is cut off and done again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from mlmfast.errors import RequestError
-from mlmfast.writers import encode
+
+Record = dict[str, Any]
+Own = TypeVar("Own", bound="Ledger")
 
 
 class Ledger:
-    """Opens a ledger, or begins one.
+    """Opens a ledger, or begins one. One process at a time may hold it.
 
     Args:
-        path: its file.
+        path: its file; its folder is made, too.
         settings: all that decides what the records are, in JSON's types.
 
     Attributes:
         records: those of earlier runs, and what was added.
 
     Raises:
-        RequestError: it was begun with other settings, or is no ledger.
+        RequestError: it was begun with other settings, is in use, or is no ledger.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self.records: list[dict[str, Any]] = []
-        settings = json.loads(json.dumps(settings))
+        self.records: list[Record] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a+b")
+        try:
+            _lock(self._stream, path)
+            self._read(json.loads(json.dumps(settings)))
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Keeps what was finished: it is with the operating system when this returns."""
+        self._write(records)
+        self.take(records)
+
+    def take(self, records: Sequence[Record]) -> None:
+        """Is given what the file holds, in order."""
+        self.records += records
+
+    def _read(self, settings: dict[str, Any]) -> None:
+        self._stream.seek(0)
         kept = 0
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        for number, line in enumerate(lines):
+        for line in self._stream:
             record = _parsed(line)
             if record is None:
-                break
-            if number == 0:
-                self._check(record, settings)
+                # Of a first line only a torn header is ours to cut off.
+                if not kept and (line.endswith(b"\n") or not line.startswith(b'{"settings":')):
+                    raise self._foreign()
+                break  # a machine that lost power may leave anything; what came before it stands
+            if kept:
+                self.take([record])
             else:
-                self.records.append(record)
+                self._check(record, settings)
             kept += len(line)
-        if lines and not kept and (len(lines) > 1 or not lines[0].startswith(b'{"settings":')):
-            raise RequestError(f"{path} is there and was not written by mlmfast: choose another --output")
-        self._stream = path.open("r+b" if path.exists() else "xb")
-        self._stream.seek(kept)
-        self._stream.truncate()
+        self._stream.truncate(kept)
         if not kept:
             self._write([{"settings": settings}])
 
-    def _check(self, header: dict[str, Any], settings: dict[str, Any]) -> None:
+    def _check(self, header: Record, settings: dict[str, Any]) -> None:
         begun = header.get("settings")
         if not isinstance(begun, dict):
-            raise RequestError(f"{self.path} is there and was not written by mlmfast: choose another --output")
+            raise self._foreign()
         changed = [
             f"{name} was {begun.get(name)!r} and is now {settings.get(name)!r}"
             for name in dict.fromkeys([*begun, *settings])
@@ -68,16 +88,15 @@ class Ledger:
                 "that file to begin anew"
             )
 
-    def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Keeps finished items; they are in the file when this returns."""
-        self._write(records)
-        self.records += records
+    def _foreign(self) -> RequestError:
+        return RequestError(f"{self.path} is there and was not written by mlmfast: choose another --output")
 
-    def _write(self, records: Sequence[dict[str, Any]]) -> None:
-        self._stream.write(b"".join(map(encode, records)))
+    def _write(self, records: Sequence[Record]) -> None:
+        # Not writers.encode, which refuses infinities: a model may answer with one.
+        self._stream.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
         self._stream.flush()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self: Own) -> Own:
         return self
 
     def __exit__(
@@ -86,7 +105,7 @@ class Ledger:
         self._stream.close()
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> Record | None:
     """The record of a line; None if it is torn."""
     if not line.endswith(b"\n"):
         return None
@@ -95,3 +114,17 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def _lock(stream: Any, path: Path) -> None:
+    """Two runs that wrote one file at once would cut each other's lines."""
+    try:
+        fcntl: Any = import_module("fcntl")
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RequestError(f"{path} is in use by another run: wait for it") from None
+    except OSError:  # a file system without locks
+        return

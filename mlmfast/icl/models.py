@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,16 @@ from typing import Any
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import mlmfast
-from mlmfast.checkpoint import DTYPES, UNREADABLE, load_tokenizer, quiet_transformers
-from mlmfast.errors import CheckpointError, RequestError
+from mlmfast.checkpoint import quiet_transformers
+from mlmfast.errors import RequestError
+from mlmfast.icl.checkpoints import digest, kind_of, load_causal, separator_of, slug, split
 from mlmfast.integrations.lm_eval import LENGTHS, MLMFastLM
 
-KINDS = ("masked", "causal")
 METRIC = "window"
-# What the paper writes for a line break where the tokenizer has none of its own, and what everyone else writes.
-LITERAL, NEWLINE = "\\n ", "\n"
 # Rows of a causal model's batch: their logits are all held at once, in float32 twice.
 CAUSAL_TOKENS, CAUSAL_ROWS = 2048, 64
-# Of a config: where it came from, not what it says.
-_PLACES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Settings:
 
     Attributes:
         metric, window: of masked models, as in :meth:`mlmfast.MaskedLM.score`; None: the paper's.
-        dtype, device, backend, batch_tokens, revision: as in :func:`mlmfast.load`.
+        dtype, device, backend, batch_tokens, revision, semantics: as in :func:`mlmfast.load`.
     """
 
     metric: str | None = None
@@ -50,6 +44,7 @@ class Settings:
     backend: str = "auto"
     batch_tokens: int | None = None
     revision: str | None = None
+    semantics: str = "trained"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +53,7 @@ class Opened:
 
     Attributes:
         name: as it was asked for, without the kind before it.
-        kind: one of :data:`KINDS`.
+        kind: ``masked`` or ``causal``.
         lm: the model of lm_eval's.
         parameters: their number.
         limit: tokens that it holds; None: any number.
@@ -77,9 +72,8 @@ class Opened:
     @property
     def file(self) -> str:
         """A file name that no other identity has."""
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        readable = "".join(letter if letter.isalnum() else "_" for letter in Path(self.name).name)
-        return f"{readable[:40]}-{digest[:16]}"
+        own = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return f"{slug(Path(self.name).name)[:40]}-{own[:16]}"
 
     def lengths(self, kind: str, requests: Sequence[Any]) -> list[int]:
         """Tokens of each request, special ones and those to be generated included.
@@ -122,56 +116,13 @@ class Opened:
             self.lm.batch_size_per_gpu = min(CAUSAL_ROWS, max(1, most // max(1, longest)))
 
 
-def split(spec: str) -> tuple[str | None, str]:
-    """``causal:PATH`` -> the kind and the name; the kind None where none is given."""
-    kind, colon, name = spec.partition(":")
-    return (kind, name) if colon and kind in KINDS else (None, spec)
-
-
-def kind_of(name: str, revision: str | None = None) -> str:
-    """Whether a checkpoint is a masked or a causal language model, by its config.
-
-    Raises:
-        CheckpointError: nothing is there.
-        RequestError: the config does not say.
-    """
-    if name == "tiny":
-        return "masked"
-    options = {} if revision is None else {"revision": revision}
-    try:
-        config, _ = transformers.PreTrainedConfig.get_config_dict(os.path.expanduser(name), **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"--model {name}: no model is there; give 'tiny', a folder with a config.json, or a name on the Hub "
-            f"({error})"
-        ) from error
-    if not config:
-        raise CheckpointError(f"--model {name}: no config.json is there")
-    # GPT-2 alone has a head of another name; a BERT that is called a decoder says so in its architecture.
-    for architecture in config.get("architectures") or []:
-        if architecture.endswith(("ForMaskedLM", "ForPreTraining")):
-            return "masked"
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            return "causal"
-    found = config.get("model_type")
-    if found in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return "masked"
-    if found in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "causal"
-    raise RequestError(
-        f"--model {name}: its config (model_type {found!r}) says neither masked nor causal: write masked:{name} or "
-        f"causal:{name}"
-    )
-
-
-def open_model(spec: str, settings: Settings, separator: str | None = None) -> Opened:
+def open_model(spec: str, settings: Settings, separator: str = "auto") -> Opened:
     """Loads a model.
 
     Args:
         spec: a name or folder, perhaps after ``masked:`` or ``causal:``.
         settings: how.
-        separator: the line break of its prompts. None: :data:`LITERAL` where the tokenizer drops line breaks, else
-            :data:`NEWLINE`.
+        separator: the line break of its prompts, as :func:`mlmfast.icl.checkpoints.separator_of` takes it.
 
     Raises:
         MLMFastError: a model that is not there or cannot be used.
@@ -185,10 +136,11 @@ def open_model(spec: str, settings: Settings, separator: str | None = None) -> O
             "metric": settings.metric or METRIC,
             "window": settings.window,
             "backend": settings.backend,
+            "semantics": settings.semantics,
         }
         lm = MLMFastLM(name, revision=settings.revision, **own, **common)
-        model, tokenizer, extras = lm.lm.model, lm.lm.tokenizer, lm.lm._extras
-        own |= {"semantics": lm.lm.semantics, "objective": lm.lm.objective, "num_masks": 3}
+        model, tokenizer, extras = lm.lm.model, lm.lm.tokenizer, lm.lm.extras
+        own |= {"objective": lm.lm.objective, "num_masks": 3}
         if own["metric"] != "window":
             del own["window"]
     else:
@@ -204,66 +156,30 @@ def open_model(spec: str, settings: Settings, separator: str | None = None) -> O
         lm=lm,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         limit=lm.max_length,
-        separator=separator or (LITERAL if drops_newlines(tokenizer) else NEWLINE),
+        separator=separator_of(separator, tokenizer),
         identity=identity,
     )
 
 
 def _causal(name: str, settings: Settings) -> Any:
     """A causal model behind lm_eval's ``hf``."""
-    if settings.dtype != "auto" and settings.dtype not in DTYPES:
-        raise RequestError(f"--dtype {settings.dtype} is not known; choose auto or one of {', '.join(DTYPES)}")
-    path = os.path.expanduser(name)
-    options = {"trust_remote_code": False} | ({} if settings.revision is None else {"revision": settings.revision})
-    with quiet_transformers():
-        tokenizer = load_tokenizer(path, options)
+    model, tokenizer = load_causal(name, dtype=settings.dtype, device=settings.device, revision=settings.revision)
     ids = tokenizer("a")["input_ids"]
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)  # it tells of every choice it makes; contexts that are cut are counted here
     try:
         with quiet_transformers():
             return HFLM(
-                path,
+                model,
                 backend="causal",
                 tokenizer=tokenizer,
-                device=device,
-                dtype="float32" if settings.dtype == "auto" else settings.dtype,
-                revision=settings.revision or "main",
                 batch_size=1,
                 # A tokenizer that closes every text would put its mark between context and continuation.
                 add_bos_token=False if ids and ids[-1] in tokenizer.all_special_ids else None,
             )
-    except UNREADABLE as error:
-        raise CheckpointError(f"--model {name} cannot be loaded as a causal model: {error}") from error
     finally:
         log.setLevel(level)
-
-
-def drops_newlines(tokenizer: Any) -> bool:
-    """Whether a line break reads like a space, as BERT's and DeBERTa's tokenizers have it."""
-    return bool(tokenizer("a\na")["input_ids"] == tokenizer("a a")["input_ids"])
-
-
-def digest(model: Any, tokenizer: Any, extras: dict[str, torch.Tensor]) -> str:
-    """A name for weights, config and tokenizer that changes with any of them.
-
-    Taken of what was loaded, not of files, so that it does not matter where they came from.
-    """
-    found = hashlib.sha256()
-    for name, tensor in sorted([*model.state_dict().items(), *extras.items()]):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _PLACES}
-    found.update(json.dumps(config, sort_keys=True, default=str).encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    found.update(vocabulary.encode())
-    found.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
-    return found.hexdigest()
 
 
 def _generated(settings: dict[str, Any]) -> int:

@@ -15,13 +15,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mlmfast.errors import RequestError
 
 DIGITS = 6
-NEWLINE, LITERAL = "\n", "\\n "  # the second is a backslash, an n and a space
-SEPARATORS = {"newline": NEWLINE, "literal": LITERAL, "space": " "}
 INTRODUCTION = (
     "> Some special magic number is hidden within the following articles. Make sure to memorize it. I will quiz you "
     "about the magic number afterwards."
@@ -171,19 +168,6 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def separator_of(choice: str, tokenizer: Any, name: str) -> str:
-    """The separator that a ``--separator`` means for a tokenizer.
-
-    ``auto`` is a line break where the tokenizer keeps it. Where it does not, it is the paper's literal, a backslash, an
-    n and a space; but for the bundled model, whose training texts have spaces for line breaks and no such literals.
-    """
-    if choice != "auto":
-        return SEPARATORS.get(choice, choice)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one.\ntwo", "one. two", "one.two")]
-    kept = ids[0] not in ids[1:]
-    return NEWLINE if kept or name == "tiny" else LITERAL
 
 
 def digits_right(answer: str, number: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,29 +11,34 @@ from typing import Annotated, Any
 import typer
 
 import mlmfast
-from mlmfast.commands import Backend, BatchTokens, Device, DType, Quiet, Revision
+from mlmfast.commands import (
+    Backend,
+    BatchTokens,
+    Device,
+    DType,
+    Objective,
+    Quiet,
+    Revision,
+    Semantics,
+    Separator,
+    check_folder,
+)
 from mlmfast.errors import RequestError
 from mlmfast.reporting import reporting, say
 
 
 def needle(
     haystack: Annotated[str, typer.Option(help="Any long text: .txt, JSON Lines, CSV, Parquet; also .gz, .bz2, .xz.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="A folder for all results; made if it is not there.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for all results; made if it is not there.")],
     model: Annotated[
         list[str] | None,
-        typer.Option(help='"tiny" (bundled), a Hub name or a folder, masked or causal; may be repeated.'),
+        typer.Option(help="tiny, a Hub name or a folder, masked or causal by its config; or masked:NAME, causal:NAME."),
     ] = None,
     lengths: Annotated[str, typer.Option(help="In each model's tokens, by commas.")] = "128,256,512,1024,2048",
     placements: Annotated[int, typer.Option(help="Places of the needle, from before the text to after it.")] = 11,
     repetitions: Annotated[int, typer.Option(help="Needles a length and place.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the numbers.")] = 42,
-    separator: Annotated[
-        str,
-        typer.Option(
-            help="Between sentences: newline, literal (a backslash, n and space, as in the paper), space, any other "
-            "text, or auto: newline where the tokenizer keeps it, else literal."
-        ),
-    ] = "auto",
+    separator: Separator = "auto",
     field: Annotated[str, typer.Option(help="The column or key that holds the text; not for text files.")] = "text",
     num_masks: Annotated[int, typer.Option(help="Of masked models: masks at the end of each step.")] = 3,
     cache: Annotated[
@@ -44,10 +48,8 @@ def needle(
     dtype: DType = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
-    semantics: Annotated[str, typer.Option(help="trained (far distances clamped) or upstream; DeBERTa only.")] = (
-        "trained"
-    ),
-    objective: Annotated[str, typer.Option(help="mlm or mntp, of masked models.")] = "mlm",
+    semantics: Semantics = "trained",
+    objective: Objective = "mlm",
     revision: Revision = None,
     allow_random_head: Annotated[
         bool, typer.Option("--allow-random-head", help="Ask although the checkpoint has no trained prediction head.")
@@ -67,6 +69,7 @@ def needle(
         from mlmfast.icl.haystack import digest, read_haystack
         from mlmfast.icl.needle import Grid
         from mlmfast.icl.needle_report import markdown, report
+        from mlmfast.writers import replace
 
         models = list(model or ["tiny"])
         if len(set(models)) < len(models):
@@ -77,7 +80,8 @@ def needle(
             raise RequestError(f"num_masks={num_masks} predicts nothing: 1 is the least, and DeBERTa wants 3")
         grid = Grid(_lengths(lengths), placements, repetitions, seed)
         sentences = read_haystack(haystack, field)
-        folder = _folder(output)
+        check_folder(output)
+        output.mkdir(parents=True, exist_ok=True)
         common = {"mlmfast": mlmfast.__version__, "haystack": digest(sentences), "seed": seed}
         common |= {"placements": placements, "repetitions": repetitions}
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
@@ -85,21 +89,23 @@ def needle(
         loading["objective"] = objective
         asking = {"num_masks": num_masks, "cache": cache, "loading": loading}
         found = [
-            _measure(name, grid, sentences, separator, folder, common, asking, batch_tokens, quiet) for name in models
+            _measure(spec, grid, sentences, separator, output, common, asking, batch_tokens, quiet) for spec in models
         ]
         whole = report(common | {"lengths": list(grid.lengths), "haystack": Path(haystack).name}, found)
-        _replace(folder / "needle.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+        replace(output / "needle.json", (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode())
         page = markdown(whole)
-        _replace(folder / "needle.md", page)
-        if not heatmap.draw(whole, folder / "needle") and not quiet:
-            say("no figure: matplotlib is not installed (pip install matplotlib, then the same command again)")
+        replace(output / "needle.md", page.encode())
+        drawn = heatmap.draw(whole, output / "needle")
         if not quiet:
             typer.echo(page.split("## Published")[0].rstrip())
-            say(f"written to {folder}: needle.json, needle.md, needle.png, needle.svg and every answer")
+            if not drawn:
+                say('no figure: matplotlib is missing (pip install "mlmfast[eval]", then the same command again)')
+            names = ["needle.json", "needle.md", *(path.name for path in drawn)]
+            say(f"written to {output}: {', '.join(names)} and every answer")
 
 
 def _measure(
-    name: str,
+    spec: str,
     grid: Any,
     sentences: list[str],
     separator: str,
@@ -112,28 +118,28 @@ def _measure(
     """One model's part of the report."""
     from tqdm import tqdm
 
+    from mlmfast.icl.checkpoints import separator_of
     from mlmfast.icl.ledger import Ledger
-    from mlmfast.icl.needle import separator_of
     from mlmfast.icl.needle_models import load_asked
     from mlmfast.icl.needle_run import ask, summary
 
-    asked = load_asked(name, **asking)
-    joined = separator_of(separator, asked.tokenizer, name)
-    settings = {"model": name} | common | {"separator": joined} | asked.settings
-    path = folder / f"needles-{_slug(name)}.jsonl"
+    asked = load_asked(spec, **asking)
+    joined = separator_of(separator, asked.tokenizer)
+    settings = {"model": spec} | common | {"separator": joined} | asked.settings
+    path = folder / f"needles-{_file(spec)}.jsonl"
 
     def finished(length: int, seconds: float, needles: int) -> None:
         if needles and not quiet:
-            say(f"{name}, length {length:,}: {needles} needles in {seconds:.1f} s")
+            say(f"{spec}, length {length:,}: {needles} needles in {seconds:.1f} s")
 
     with Ledger(path, settings) as ledger:
         kept = len(ledger.records)
         if not quiet:
             note = f" ({asked.note})" if asked.note else ""
-            say(f"{name}: {asked.kind}{note}, separator {joined!r}" + (f"; {kept} needles are kept" if kept else ""))
+            say(f"{spec}: {asked.kind}{note}, separator {joined!r}" + (f"; {kept} needles are kept" if kept else ""))
         total = grid.placements * grid.repetitions * len(grid.lengths)
         # disable=None: a bar on a terminal only
-        with tqdm(total=total, desc=name, unit="needle", file=sys.stderr, disable=True if quiet else None) as bar:
+        with tqdm(total=total, desc=spec, unit="needle", file=sys.stderr, disable=True if quiet else None) as bar:
             try:
                 ask(
                     asked,
@@ -150,7 +156,7 @@ def _measure(
                 say(f"{len(ledger.records)} needles are kept in {path}; run the same command again to continue")
                 raise
         rows = summary(asked, grid, ledger.records)
-    return {"name": name, "kind": asked.kind, "note": asked.note, "settings": settings, "rows": rows}
+    return {"name": spec, "kind": asked.kind, "note": asked.note, "settings": settings, "rows": rows}
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -160,22 +166,9 @@ def _lengths(text: str) -> tuple[int, ...]:
         raise RequestError(f"--lengths {text} is no list of numbers such as 128,256,512") from None
 
 
-def _folder(output: str) -> Path:
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"--output {output} is a file; give a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _file(spec: str) -> str:
+    """A file name for a model's needles; a path or an unusual name gets a digest, so that no two share a file."""
+    from mlmfast.icl.checkpoints import slug
 
-
-def _slug(name: str) -> str:
-    """A model's name as part of a file's: a path or an unusual name gets a digest, so that no two share a file."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
-    return plain if plain == name else f"{plain[-40:]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    plain = slug(spec)
+    return plain if plain == spec else f"{plain[-40:]}-{hashlib.sha256(spec.encode()).hexdigest()[:6]}"

@@ -5,19 +5,16 @@ Both choose greedily, digits only, and are given the same prompts.
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
-from transformers.models.auto import modeling_auto
 
-from mlmfast import checkpoint
-from mlmfast.errors import CheckpointError, RequestError
+import mlmfast
+from mlmfast.errors import RequestError
+from mlmfast.icl.checkpoints import digest, kind_of, load_causal, split
 from mlmfast.icl.digits import DigitsOnly, DigitsWritten, digit_counts
 from mlmfast.icl.needle import DIGITS
 from mlmfast.model import MaskedLM
@@ -77,8 +74,9 @@ class Masked:
         self.beside = len(before) + len(after) + num_masks + DIGITS
         self.limit = lm.max_length
         self.options: dict[str, Any] = {"num_masks": num_masks, "cache": cache}
-        self.settings = {"kind": self.kind, "weights": fingerprint(lm.model), "dtype": _name(lm.dtype)}
-        self.settings |= {"semantics": lm.semantics, "objective": lm.objective} | self.options
+        self.settings = {"kind": self.kind, "weights": digest(lm.model, lm.tokenizer, lm.extras)}
+        self.settings |= {"dtype": _name(lm.dtype), "semantics": lm.semantics, "objective": lm.objective}
+        self.settings |= self.options
         notes = ["approximate: cache window"] if cache != "none" else []
         self.note = "; ".join(notes + (["generic: its own code, not mlmfast's kernels"] if lm.generic else []))
 
@@ -126,7 +124,7 @@ class Causal:
         self.context: int | None = getattr(model.config, "max_position_embeddings", None)
         if self.context is not None and self.context <= self.beside:
             raise RequestError(f"{name} holds {self.context} tokens, no room for a prompt")
-        self.settings: dict[str, Any] = {"kind": self.kind, "weights": fingerprint(model)}
+        self.settings: dict[str, Any] = {"kind": self.kind, "weights": digest(model, tokenizer)}
         self.settings |= {"dtype": _name(next(model.parameters()).dtype)}
         self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         # generate() takes what is not asked for from here, and a checkpoint may want sampling or penalties.
@@ -155,92 +153,22 @@ class Causal:
         return 0 if self.context is None else max(tokens - self.context, 0)
 
 
-def load_asked(name: str, *, num_masks: int, cache: str, loading: dict[str, Any]) -> Asked:
-    """A model by name or folder, of the kind that its config says.
+def load_asked(spec: str, *, num_masks: int, cache: str, loading: dict[str, Any]) -> Asked:
+    """A model by name or folder, of the kind that stands before it or that its config says.
 
     Args:
-        name: ``"tiny"``, a folder or a Hub name.
+        spec: ``"tiny"``, a folder or a Hub name, perhaps after ``masked:`` or ``causal:``.
         num_masks, cache: of a masked model.
-        loading: arguments of :func:`mlmfast.load`; a causal model heeds ``dtype``, ``device``, ``revision`` and
-            ``allow_random_head``.
+        loading: arguments of :func:`mlmfast.load`; a causal model heeds :func:`load_causal`'s.
 
     Raises:
         MLMFastError: as :func:`mlmfast.load` does.
     """
-    if name == "tiny" or kind_of(name, loading.get("revision")) == "masked":
-        return Masked(checkpoint.load(name, **loading), num_masks=num_masks, cache=cache)
-    return load_causal(name, loading)
-
-
-def kind_of(name: str, revision: str | None = None) -> str:
-    """``"causal"`` for a checkpoint of a causal model, else ``"masked"``, by the classes that its config names.
-
-    Raises:
-        CheckpointError: there is no config.
-    """
-    options: dict[str, Any] = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
-    try:
-        with checkpoint.quiet_transformers():
-            config, _ = PreTrainedConfig.get_config_dict(str(Path(name).expanduser()), **options)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name}: no model is there; give 'tiny', a folder with a config.json, or a name on the Hub ({error})"
-        ) from error
-    masked, causal = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    for architecture in config.get("architectures") or ():
-        if architecture in masked.values():
-            return "masked"
-        if architecture in causal.values():
-            return "causal"
-    family = config.get("model_type")
-    return "causal" if family in causal and family not in masked else "masked"
-
-
-def load_causal(name: str, loading: dict[str, Any]) -> Causal:
-    """A causal model from a folder or the Hub, under the rules for masked ones: no remote code, no random head.
-
-    Raises:
-        RequestError, CheckpointError: as :func:`mlmfast.load` does.
-    """
-    source = str(Path(name).expanduser())
-    options: dict[str, Any] = {"trust_remote_code": False}
-    if loading.get("revision") is not None:
-        options["revision"] = loading["revision"]
-    dtype = loading.get("dtype", "auto")
-    chosen = torch.float32 if dtype == "auto" else checkpoint._dtype(dtype)
-    device = checkpoint._device(loading.get("device", "auto"))
-    with checkpoint.quiet_transformers():
-        try:
-            checkpoint.weight_files(source, loading.get("revision"))
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=chosen, output_loading_info=True, weights_only=True, **options
-            )
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{name}: its .bin file holds more than tensors; use safetensors weights") from error
-        except checkpoint.UNREADABLE as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{name}: it cannot be read as a causal model: {error}") from error
-        tokenizer = checkpoint.load_tokenizer(source, options)
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing and not loading.get("allow_random_head"):
-        raise CheckpointError(
-            f"{name}: {len(missing)} tensors are not in the checkpoint and would be freshly initialised "
-            f"({', '.join(missing[:3])}), so its answers would be noise"
-        )
-    checkpoint.check_finite(name, dict(model.named_parameters()))
-    return Causal(model.eval().to(device), tokenizer, name)
-
-
-def fingerprint(model: Any) -> str:
-    """A short name for a model's weights, from a sample of each tensor: enough to notice another checkpoint."""
-    found = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(len(flat) // 256, 1)].cpu()
-        found.update(f"{name} {tuple(weight.shape)} {sample.double().tolist()}".encode())
-    return found.hexdigest()[:16]
+    kind, name = split(spec)
+    if (kind or kind_of(name, loading.get("revision"))) == "masked":
+        return Masked(mlmfast.load(name, **loading), num_masks=num_masks, cache=cache)
+    heeded = ("dtype", "device", "revision", "allow_random_head")
+    return Causal(*load_causal(name, **{key: loading[key] for key in heeded if key in loading}), name)
 
 
 def _digits(text: str) -> str:

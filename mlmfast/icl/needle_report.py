@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlmfast.icl.needle_run import CHANCE, DIGIT_CHANCE
+from mlmfast.icl.report import table
 
 # Samuel 2024 (arXiv 2406.04823), figure 3: accuracy in per cent at 11 placements, 212 needles each; not measured here.
 DEBERTA = {
@@ -71,21 +72,20 @@ def markdown(found: dict[str, Any]) -> str:
     for model in found["models"]:
         note = f", **{model['note']}**" if model["note"] else ""
         lines += [f"## {model['name']} ({model['kind']}{note})", ""]
-        lines += _header(["length", *head, "mean", "digits"])
-        for row in model["rows"]:
-            lines.append(_line([f"{row['length']}", *_cells(row, places)]))
-        lines.append("")
+        rows = [[f"{row['length']}", *_cells(row, places)] for row in model["rows"]]
+        lines += [*table(["length", *head, "mean", "digits"], rows), ""]
         cut = [f"{row['length']} ({row['truncated']:.0f} tokens)" for row in model["rows"] if row.get("truncated")]
         if cut:
             lines += [f"The beginning was cut off, as the model holds no more, at {', '.join(cut)}.", ""]
         lines += [f"Too long: {row['too_long']}." for row in model["rows"] if "too_long" in row]
         lines += [""] if lines[-1] else []
     lines += ["## Published, for reference", "", f"{SOURCE}. There: 212 needles a cell, essays of another author.", ""]
-    lines += _header(["length", *(f"{place / 10:.1f}" for place in range(11)), "mean", "OPT-1.3B"])
-    for length, shares in DEBERTA.items():
-        mean = f"{sum(shares) / len(shares):.0f}"
-        lines.append(_line([f"{length}", *map(str, shares), mean, OPT[length]]))
-    lines += ["", "DeBERTa-1.5B by placement, its mean, and the range of OPT-1.3B.", ""]
+    head = ["length", *(f"{place / 10:.1f}" for place in range(11)), "mean", "OPT-1.3B"]
+    rows = [
+        [f"{length}", *map(str, shares), f"{sum(shares) / len(shares):.0f}", OPT[length]]
+        for length, shares in DEBERTA.items()
+    ]
+    lines += [*table(head, rows), "", "DeBERTa-1.5B by placement, its mean, and the range of OPT-1.3B.", ""]
     return "\n".join(lines)
 
 
@@ -97,11 +97,3 @@ def _cells(row: dict[str, Any], places: int) -> list[str]:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f}"
-
-
-def _header(names: list[str]) -> list[str]:
-    return [_line(names), _line(["---:"] * len(names))]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from mlmfast.writers import replace
 
 # Of these lm_eval's values are shown as they are; all others are parts of 1 and shown in percent.
 UNSCALED = ("bleu", "sacrebleu", "chrf", "ter", "perplexity", "word_perplexity", "bits_per_byte")
@@ -46,16 +47,6 @@ def write(folder: Path, report: dict[str, Any], samples: Iterable[dict[str, Any]
         replace(folder / "samples.jsonl.gz", gzip.compress(lines.encode("utf-8", "surrogatepass"), mtime=0))
     replace(folder / "report.md", markdown(report).encode())
     replace(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Writes a file that is whole at every moment."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def tables(report: dict[str, Any]) -> list[dict[str, Any]]:

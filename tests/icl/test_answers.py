@@ -86,6 +86,7 @@ def without_run(folder: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow  # four processes, each of which imports everything; the interrupt below is tested always
 def test_a_killed_run_continues_where_it_stopped(inputs: Inputs, tmp_path: Path) -> None:
     """Killed in the first model and once more in the second: nothing that was answered is asked again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -167,11 +168,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "answers" / "a.jsonl"
     value = [[-0.1 - 2**-50, True], False]
     with Answers(path, {"model": "m", "sizes": (1, 2)}) as answers:
-        answers.add({"a": value, "b": ["said", True]})
-        answers.add({"c": 1})
+        answers.add([{"a": value, "b": ["said", True]}])
+        answers.add([{"c": 1}])
     with Answers(path, {"model": "m", "sizes": (1, 2)}) as answers:
         assert len(answers) == 3 and answers["a"] == value and "d" not in answers
-    with pytest.raises(RequestError, match="holds answers of something else"):
+    with pytest.raises(RequestError, match=r"sizes was \[1, 2\] and is now \[1, 3\]"):
         Answers(path, {"model": "m", "sizes": (1, 3)})
 
 
@@ -180,12 +181,12 @@ def test_a_torn_line_is_no_answer(tmp_path: Path, cut: int) -> None:
     """Of a group all is there or nothing, and what is written next begins a line."""
     path = tmp_path / "a.jsonl"
     with Answers(path, {}) as answers:
-        answers.add({"a": 1})
-        answers.add({"b" * 20: 2, "c" * 20: 3})
+        answers.add([{"a": 1}])
+        answers.add([{"b" * 20: 2, "c" * 20: 3}])
     path.write_bytes(path.read_bytes()[:-cut])
     with Answers(path, {}) as answers:
         assert len(answers) == 1 and answers["a"] == 1
-        answers.add({"d": 4})
+        answers.add([{"d": 4}])
     with Answers(path, {}) as answers:
         assert len(answers) == 2 and answers["d"] == 4
 

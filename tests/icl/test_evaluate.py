@@ -20,13 +20,14 @@ from typer.testing import CliRunner, Result
 
 import mlmfast
 from mlmfast import cli
-from mlmfast.errors import RequestError
+from mlmfast.errors import CheckpointError, RequestError
 
 pytest.importorskip("lm_eval", reason='pip install "mlmfast[eval]"')
 
 import evaluation
 from evaluation import Inputs
 
+from mlmfast.icl import checkpoints as icl_checkpoints
 from mlmfast.icl import evaluate, models
 from mlmfast.icl.evaluate import Plan
 
@@ -176,6 +177,30 @@ def test_blimp(inputs: Inputs, ran: Ran) -> None:
     assert [model["metrics"] for model in ran[0]["models"]] == [["window", "original"], []]
 
 
+def test_weights_that_make_no_sense_are_refused(short: Callable[[int], Path]) -> None:
+    """As of a masked model: NaN, and what the checkpoint has not and would be random."""
+    folder = short(64)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.h[0].ln_1.weight[2] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        models.open_model(str(folder), models.Settings())
+    config = model.config.to_dict() | {"n_layer": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="freshly initialised"):
+        models.open_model(str(folder), models.Settings())
+
+
+def test_tiny_has_line_breaks_and_its_trained_semantics() -> None:
+    """Its texts had spaces where line breaks were, and the paper's DeBERTa was the fixed one."""
+    opened = models.open_model("tiny", models.Settings())
+    assert opened.separator == "\n" and opened.lm.lm.semantics == opened.identity["semantics"] == "trained"
+    other = models.open_model("masked:tiny", models.Settings(semantics="upstream"), separator="literal")
+    assert other.separator == LITERAL and other.lm.lm.semantics == other.identity["semantics"] == "upstream"
+    assert opened.file != other.file and opened.identity["weights"] == other.identity["weights"]
+
+
 def test_limit_and_metric(inputs: Inputs, tmp_path: Path) -> None:
     settings = models.Settings(metric="global_l2r")
     asked = plan(inputs, inputs.masked, tasks=("rte", "blimp"), limit=2, settings=settings)
@@ -231,7 +256,7 @@ def test_kinds_and_line_breaks(inputs: Inputs, ran: Ran) -> None:
     assert (described["causal"]["kind"], described["causal"]["separator"]) == ("causal", "\n")
     gpt = AutoModelForCausalLM.from_pretrained(inputs.causal)
     assert described["causal"]["parameters"] == sum(one.numel() for one in gpt.parameters())
-    assert models.kind_of("tiny") == "masked"
+    assert icl_checkpoints.kind_of("tiny") == "masked"
     opened = models.open_model(f"causal:{inputs.causal}", models.Settings(), separator="##")
     assert opened.separator == "##" and opened.identity["weights"] == described["causal"]["identity"]["weights"]
 
@@ -248,23 +273,23 @@ def test_kinds_and_line_breaks(inputs: Inputs, ran: Ran) -> None:
 )
 def test_the_config_says_the_kind(tmp_path: Path, config: dict[str, Any], kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert models.kind_of(str(tmp_path)) == kind
+    assert icl_checkpoints.kind_of(str(tmp_path)) == kind
 
 
 def test_weights_config_and_tokenizer_have_one_digest(inputs: Inputs) -> None:
     opened = models.open_model(str(inputs.causal), models.Settings())
     model, tokenizer = opened.lm.model, opened.lm.tokenizer
-    first = models.digest(model, tokenizer, {})
+    first = icl_checkpoints.digest(model, tokenizer, {})
     again = models.open_model(str(inputs.causal), models.Settings()).identity
     assert first == opened.identity["weights"] == again["weights"]
-    found = {first, models.digest(model, tokenizer, {"extra": torch.ones(2)})}
+    found = {first, icl_checkpoints.digest(model, tokenizer, {"extra": torch.ones(2)})}
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[3, 5] += 1e-4
-    found.add(models.digest(model, tokenizer, {}))
+    found.add(icl_checkpoints.digest(model, tokenizer, {}))
     model.config.attn_pdrop = 0.123
-    found.add(models.digest(model, tokenizer, {}))
+    found.add(icl_checkpoints.digest(model, tokenizer, {}))
     tokenizer.add_tokens(["another"])
-    found.add(models.digest(model, tokenizer, {}))
+    found.add(icl_checkpoints.digest(model, tokenizer, {}))
     assert len(found) == 5
 
 
@@ -323,6 +348,7 @@ def test_data_by_folder(inputs: Inputs, tmp_path: Path) -> None:
         (["--data", "missing"], ["--data missing", "TASK=FILE"]),
         (["--data", "rte.dev=README.md"], ["neither TASK nor TASK.train"]),
         (["--dtype", "float8"], ["float8", "float32"]),
+        (["--separator", "space"], ["--separator space", "part no lines"]),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -13,12 +13,14 @@ import torch
 from checkpoints import sentences
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlmfast.errors import RequestError
+from mlmfast.icl.checkpoints import separator_of
 from mlmfast.icl.digits import DigitsOnly, DigitsWritten, digit_counts
 from mlmfast.icl.haystack import read_haystack, sentences_of
-from mlmfast.icl.needle import SLACK, Cell, Grid, Prompt, digits_right, fitted, render, separator_of
+from mlmfast.icl.needle import SLACK, Cell, Grid, Prompt, digits_right, fitted, render
 
 GOLDEN = Path(__file__).with_name("golden") / "needle_prompt.txt"
 HAYSTACK = sentences(400)
@@ -158,12 +160,28 @@ def test_a_grid_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_separators(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
-    assert separator_of("auto", tokenizers["gpt2"], "gpt2") == "\n"  # which keeps line breaks
-    assert separator_of("auto", tokenizers["bert"], "bert") == "\\n "
-    assert separator_of("auto", tokenizers["deberta"], "a copy") == "\\n "
-    assert separator_of("auto", tokenizers["deberta"], "tiny") == "\n"
-    chosen = [separator_of(choice, tokenizers["gpt2"], "gpt2") for choice in ("newline", "literal", "space", " | ")]
-    assert chosen == ["\n", "\\n ", " ", " | "]
+    assert separator_of("auto", tokenizers["gpt2"]) == "\n"  # which keeps line breaks
+    assert separator_of("auto", tokenizers["bert"]) == "\\n "
+    named = ("newline", "literal", "space", " | ", r"\n\n", r"\\n ")
+    chosen = [separator_of(choice, tokenizers["gpt2"]) for choice in named]
+    assert chosen == ["\n", "\\n ", " ", " | ", "\n\n", "\\n "]
+
+
+def test_the_bundled_tokenizer_is_known_wherever_it_lies(
+    tokenizers: dict[str, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
+    """By what it does to text: not by a name, nor by the special tokens that another model puts around it."""
+    tokenizers["deberta"].save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    causal = PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token="[PAD]", eos_token="[SEP]")
+    causal.backend_tokenizer.post_processor = processors.ByteLevel()
+    causal(["one", "one two"], padding=True, truncation=True, max_length=9)
+    for same in (tokenizers["deberta"], AutoTokenizer.from_pretrained(tmp_path), causal):
+        assert separator_of("auto", same) == "\n"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    state["model"]["merges"].pop()
+    file.write_text(json.dumps(state), encoding="utf-8")
+    assert separator_of("auto", PreTrainedTokenizerFast(tokenizer_file=str(file))) == "\\n "
 
 
 # ---- the haystack

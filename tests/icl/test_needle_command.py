@@ -91,6 +91,19 @@ def test_masked_and_causal_side_by_side(folders: dict[str, Path], haystack: str,
         assert "matplotlib is not installed" in result.stderr
 
 
+def test_without_matplotlib_no_figure_is_named(
+    folders: dict[str, Path], haystack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ("--model", str(folders["gpt2"]), "--haystack", haystack, "--lengths", "150", *SMALL)
+    result = invoke(*options, "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    *_, missing, written = result.stderr.splitlines()
+    assert 'pip install "mlmfast[eval]"' in missing
+    assert written.endswith("needle.json, needle.md and every answer")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".jsonl"}
+
+
 def test_published_rows_are_whole() -> None:
     assert all(len(shares) == 11 and max(shares) <= 100 for shares in DEBERTA.values()) and len(DEBERTA) == 12
 

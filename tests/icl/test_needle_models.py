@@ -15,10 +15,11 @@ from appending import appending
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 import mlmfast
-from mlmfast.errors import CheckpointError, RequestError
+from mlmfast.errors import CheckpointError, MLMFastError, RequestError
+from mlmfast.icl.checkpoints import kind_of
 from mlmfast.icl.ledger import Ledger
 from mlmfast.icl.needle import Cell, Grid, fitted
-from mlmfast.icl.needle_models import Causal, Masked, count, fingerprint, kind_of, load_asked
+from mlmfast.icl.needle_models import Causal, Masked, count, load_asked
 from mlmfast.icl.needle_run import ask, summary
 
 HAYSTACK = checkpoints.sentences(400)
@@ -160,9 +161,20 @@ def test_a_causal_model_without_its_weights_is_refused(folders: Any, tmp_path: P
         load_asked(str(tmp_path), num_masks=3, cache="none", loading=LOADING)
 
 
-def test_other_weights_have_another_fingerprint(tokenizers: Any) -> None:
-    one, same, other = (checkpoints.small_bert(len(tokenizers["bert"]), seed=seed) for seed in (1, 1, 2))
-    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+def test_the_kind_may_stand_before_the_name(folders: Any) -> None:
+    for spec, kind in [(f"masked:{folders['bert']}", "masked"), (f"causal:{folders['gpt2']}", "causal")]:
+        asked = load_asked(spec, num_masks=3, cache="none", loading=LOADING)
+        assert (asked.kind, asked.name) == (kind, spec.partition(":")[2])
+    with pytest.raises(MLMFastError):
+        load_asked(f"masked:{folders['gpt2']}", num_masks=3, cache="none", loading=LOADING)
+
+
+def test_other_weights_are_another_model(tokenizers: Any) -> None:
+    one, same, other, nearly = (checkpoints.small_bert(len(tokenizers["bert"]), seed=seed) for seed in (1, 1, 2, 1))
+    with torch.no_grad():
+        nearly.bert.encoder.layer[1].output.dense.weight[3, 5] += 1e-4
+    weights = [Masked(mlmfast.load(m, tokenizers["bert"])).settings["weights"] for m in (one, same, other, nearly)]
+    assert weights[0] == weights[1] and len(set(weights)) == 3
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,11 @@ def test_files_are_whole(report: dict[str, Any], tmp_path: Path, monkeypatch: py
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert set(before) == {"report.json", "report.md", "samples.jsonl.gz"}
 
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as stream:
-            stream.write(content[:10])
+    def full(descriptor: int) -> None:
+        os.ftruncate(descriptor, 10)
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     other = copy.deepcopy(report)
     other["seed"] = 43
     with pytest.raises(OSError, match="no space"):
