@@ -192,7 +192,7 @@ def key_of(kind: str, arguments: Sequence[Any]) -> str:
 
 @contextmanager
 def sampling(kind: str, group: Sequence[tuple[str, Instance]]) -> Iterator[None]:
-    """Where tokens are drawn: random numbers that the group alone decides, so that a run that goes on draws the same."""
+    """Where tokens are drawn: random numbers that the group alone decides, so a run that goes on draws the same."""
     if kind != "generate_until" or not any(request.args[1].get("do_sample") for _, request in group):
         yield
         return

@@ -66,7 +66,7 @@ def last_words(lm: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
     return answers
 
 
-def predicted(logprobs: np.ndarray, ids: Sequence[int], ignored: np.ndarray) -> tuple[float, bool]:
+def predicted(logprobs: np.ndarray, ids: Sequence[int] | np.ndarray, ignored: np.ndarray) -> tuple[float, bool]:
     """Of a word's tokens, at each its distribution ``[n, V]``: the sum, and whether each is the first choice."""
     own = logprobs[np.arange(len(ids)), ids]
     choices = logprobs.copy()

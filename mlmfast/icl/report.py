@@ -138,8 +138,8 @@ def markdown(report: dict[str, Any]) -> str:
     if any(result["task"].startswith(gpt2.PREFIX) for result in report["results"]):
         lines += [
             f"Published scores of tasks whose names begin with {gpt2.PREFIX}: {gpt2.published()['source']}. Columns "
-            "marked *pseudo* are of masked models, whose pseudo-log-likelihoods are no probabilities: a pseudo-perplexity is "
-            "not to be compared with a perplexity.",
+            "marked *pseudo* are of masked models, whose pseudo-log-likelihoods are no probabilities: a "
+            "pseudo-perplexity is not to be compared with a perplexity.",
             "",
         ]
     if report["limit"] is not None:
