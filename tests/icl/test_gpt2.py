@@ -16,54 +16,18 @@ import gpt2_rows
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
-from truth import forward_of
 
 pytest.importorskip("lm_eval", reason='pip install "mlmfast[eval]"')
 
+from gpt2_world import HELD, KINDS, Ran, World
 from lm_eval.api.instance import Instance
 from sacrebleu.metrics import BLEU
 
-import mlmfast
 from mlmfast.errors import RequestError
 from mlmfast.icl import evaluate, gpt2, last_word, report
 from mlmfast.icl.evaluate import Plan
 from mlmfast.icl.models import Settings, open_model
 from mlmfast.icl.tasks.gpt2 import metrics, prompts, text
-
-HELD = 256
-KINDS = ("masked", "causal")
-
-
-class World:
-    def __init__(self, folder: Path) -> None:
-        for name in (*KINDS, "data"):
-            (folder / name).mkdir()
-        own = causal.gpt2_tokenizer()
-        model = causal.small_gpt2(len(own), n_positions=HELD)
-        checkpoints.save(folder / "causal", model, own)
-        other = AutoTokenizer.from_pretrained(Path(mlmfast.__file__).with_name("tiny"))
-        masked = checkpoints.small_deberta(len(other), seed=7)
-        checkpoints.save(folder / "masked", masked, other)
-        self.folder, self.data = folder, gpt2_rows.write(folder / "data")
-        self.tokenizers = {"masked": other, "causal": own}
-        self.loops: dict[str, Any] = {
-            "masked": loops.Masked(forward_of(masked), other),
-            "causal": loops.Causal(model, own, HELD),
-        }
-
-    def run(self, names: list[str], folder: Path, kinds: tuple[str, ...] = KINDS) -> Ran:
-        data = {}
-        for name in names:
-            data[name] = {"test": self.data / f"{name}.jsonl"}
-            if gpt2_rows.ROWS[name][1]:
-                data[name]["train"] = self.data / f"{name}.train.jsonl"
-        samples: list[dict[str, Any]] = []
-        plan = Plan(models=[str(self.folder / kind) for kind in kinds], tasks=names, data=data, shots=(0, 2))
-        return evaluate.run(plan, folder, samples=samples), samples
-
-
-Ran = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -394,48 +358,6 @@ def test_rouge_of_a_summary() -> None:
     wanted = loops.rouges(["The lighthouse was sold.", "Hall misses the lights.", "It is old."], GOLD[0])
     assert {metric: found[metric] for metric in wanted} == pytest.approx(wanted)
     assert 0 < wanted["rouge2"] < wanted["rougeL"] <= wanted["rouge1"] < 1
-
-
-# ---- text
-
-
-@pytest.mark.parametrize(
-    ("line", "running"),
-    [
-        ('He said , " do n\'t go ( now ) ! "', 'He said, "don\'t go (now)!"'),
-        (
-            "they ca n't pay $ 1 @.@ 5 for Mr. Hall 's half @-@ dry well .",
-            "they can't pay $1.5 for Mr. Hall's half-dry well.",
-        ),
-        ("In the U.S. 5 % rose , i.e. fell .", "In the U.S. 5% rose, i.e. fell."),
-        ("a -dash , b- and @-@ alone", "a -dash, b- and @-@ alone"),
-        ("two  spaces and a trailing one ", "two  spaces and a trailing one "),
-        ("", ""),
-    ],
-)
-def test_detokenised_and_back(line: str, running: str) -> None:
-    assert text.retokenised(line) == line  # nothing in it looks joined
-    assert text.retokenised(text.detokenised(line)) == line
-    if line != "a -dash , b- and @-@ alone":
-        assert text.detokenised(line) == running
-
-
-def test_words_that_would_not_come_back_stay_apart() -> None:
-    """``.`` after an abbreviation could not be told from the abbreviation's own."""
-    assert text.detokenised("He lives in the U.S .") == "He lives in the U.S ."
-    assert text.retokenised("He lives in the U.S .") == "He lives in the U.S ."
-
-
-def test_random_lines_come_back() -> None:
-    rng = np.random.default_rng(3)
-    tokens = ["cat", "Mr.", "U.S.", "5", "N", "<unk>", "half", "café", '"', *text.CLOSING, *text.OPENING, *text.INNER]
-    changed = 0
-    for _ in range(3000):
-        line = " ".join(rng.choice(tokens, rng.integers(1, 9)))
-        running = text.detokenised(line)
-        assert text.retokenised(running) == line, line
-        changed += running != line
-    assert changed > 2000
 
 
 # ---- data, shots, report
