@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from mlmfast.icl.last_word import KIND, last_words
 from mlmfast.icl.ledger import Ledger, Record
 
 # What is computed and kept together. Few characters for long prompts, so that little is lost; many requests where they
@@ -95,6 +98,10 @@ class Answering(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         return self._answered("generate_until", requests)
 
+    def last_word(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """The GPT-2 paper's filtered LAMBADA: :mod:`mlmfast.icl.last_word`."""
+        return [(value[0], value[1]) for value in self._answered(KIND, requests)]
+
     @property
     def tokenizer_name(self) -> str:
         return str(self._lm.tokenizer_name)
@@ -106,9 +113,14 @@ class Answering(LM):
         self._progress(len(distinct) - len(new))
         for group in groups(new):
             members = [request for _, request in group]
-            lengths = self._lengths(kind, members)
+            lengths = self._lengths_of(kind, members)
             self._prepare(max(lengths))
-            found = getattr(self._lm, kind)(members, disable_tqdm=True)
+            with sampling(kind, group):
+                found = (
+                    last_words(self._lm, members)
+                    if kind == KIND
+                    else getattr(self._lm, kind)(members, disable_tqdm=True)
+                )
             cut = [self._limit is not None and length > self._limit for length in lengths]
             self._answers.add([{key: [answer, over] for (key, _), answer, over in zip(group, found, cut)}])
             self.computed += len(group)
@@ -117,10 +129,27 @@ class Answering(LM):
         self.cut += sum(self._answers[key][1] for key in keys)
         return [self._answers[key][0] for key in keys]
 
+    def _lengths_of(self, kind: str, requests: Sequence[Instance]) -> list[int]:
+        """Tokens of each request; of a text that is read in windows those of a window."""
+        if kind == "loglikelihood_rolling":
+            return [self._limit or 0] * len(requests)
+        return self._lengths(kind, requests)
+
 
 def key_of(kind: str, arguments: Sequence[Any]) -> str:
     """A request's name in the file."""
     return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def sampling(kind: str, group: Sequence[tuple[str, Instance]]) -> Iterator[None]:
+    """Where tokens are drawn: random numbers that the group alone decides, so a run that goes on draws the same."""
+    if kind != "generate_until" or not any(request.args[1].get("do_sample") for _, request in group):
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(int(group[0][0][:15], 16))
+        yield
 
 
 def groups(requests: Sequence[tuple[str, Instance]]) -> Iterator[list[tuple[str, Instance]]]:

@@ -138,7 +138,8 @@ def data_of(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, P
         RequestError: a file that is not there, or no form of --data.
     """
     from mlmfast.icl.evaluate import BLIMP, SPLITS, members
-    from mlmfast.icl.tasks.rows import SUFFIXES
+    from mlmfast.icl.gpt2 import WHOLE
+    from mlmfast.icl.tasks.rows import SUFFIXES, TEXT
 
     found: dict[str, dict[str, Path]] = {}
     folders = []
@@ -160,7 +161,8 @@ def data_of(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, P
             raise RequestError(f"--data {task}.train={files['train']}: --data {task}=FILE is missing")
     for folder in folders:
         for task in members(names):
-            path = next((folder / (task + end) for end in SUFFIXES if (folder / (task + end)).is_file()), None)
+            ends = (*SUFFIXES, TEXT) if task in WHOLE else SUFFIXES
+            path = next((folder / (task + end) for end in ends if (folder / (task + end)).is_file()), None)
             if path is not None:
                 found.setdefault(task, {"test": path})
             elif task == BLIMP and (folder / BLIMP).is_dir():

@@ -19,7 +19,7 @@ import torch
 import mlmfast
 from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import MLMFastError, RequestError
-from mlmfast.icl import blimp, tasks
+from mlmfast.icl import blimp, gpt2, tasks
 from mlmfast.icl.answers import Answering, Answers
 from mlmfast.icl.checkpoints import NEWLINE, kind_of, split, written
 from mlmfast.icl.judging import judged, loaded
@@ -28,10 +28,10 @@ from mlmfast.icl.outcomes import Outcome, together
 from mlmfast.masking import check_metric
 
 BLIMP = "blimp"
-# Where the metric of masked models is not the paper's three masks: sentences that stand alone have one.
-METRICS = {BLIMP: "original"}
+# Where the metric of masked models is not the paper's three masks: texts that stand alone have one.
+METRICS = dict.fromkeys((BLIMP, *gpt2.WHOLE), "original")
 # What the paper ran once (section 5): besides all with no shots.
-ONCE = ("record", "storycloze", "wmt")
+ONCE = ("record", "storycloze", "wmt", gpt2.PREFIX)
 SPLITS = ("test", "train")
 
 
@@ -95,7 +95,8 @@ def runs_of(plan: Plan) -> list[Run]:
         raise RequestError(f"--separator {plan.separator}: spaces part no lines of the tasks' prompts")
     found = []
     for name in names:
-        for shots in sorted({0} if name == BLIMP else set(plan.shots)):
+        own = gpt2.shots_of(name, plan.shots) if name.startswith(gpt2.PREFIX) else plan.shots
+        for shots in sorted({0} if name == BLIMP else set(own)):
             once = shots == 0 or name.startswith(ONCE)
             found.append(Run(name, shots, tuple(plan.seed + i for i in range(1 if once else plan.repetitions))))
     return found

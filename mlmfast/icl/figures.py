@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlmfast.icl.report import NAMES, published, scaled
+from mlmfast.icl import gpt2
+from mlmfast.icl.report import NAMES, published, reference, scaled
 
 
 def draw(folder: Path, report: dict[str, Any]) -> list[Path]:
@@ -60,8 +61,18 @@ def _by_shots(axis: Any, task: str, metric: str, results: list[dict[str, Any]], 
             label=model["label"],
         )
     # What the paper calls few is no number of shots, so it has no place on this axis.
-    for name, scores in _scores(task).items():
-        axis.plot([0, 1], [scores["0"], scores["1"]], "--", marker="o", markerfacecolor="none", alpha=0.6)
+    for name, scores in _scores(task, metric).items():
+        known = [one for one in ("0", "1") if one in scores]
+        if not known:
+            continue
+        axis.plot(
+            [int(one) for one in known],
+            [scores[one] for one in known],
+            "--",
+            marker="o",
+            markerfacecolor="none",
+            alpha=0.6,
+        )
         axis.lines[-1].set_label(f"{name} (published)")
     shots = sorted({one["shots"] for one in results})
     axis.set_xscale("symlog", base=2, linthresh=1)
@@ -72,7 +83,7 @@ def _by_shots(axis: Any, task: str, metric: str, results: list[dict[str, Any]], 
 
 def _by_size(axis: Any, task: str, metric: str, results: list[dict[str, Any]], report: dict[str, Any]) -> None:
     """A point a model; a colour for each number of shots."""
-    known = published()["models"]
+    known = published()["models"] | gpt2.published()["models"]
     sizes = {model["label"]: (model["parameters"], model["kind"]) for model in report["models"]}
     shots = sorted({one["shots"] for one in results})
     colours = {one: f"C{place}" for place, one in enumerate(shots)}
@@ -82,7 +93,7 @@ def _by_size(axis: Any, task: str, metric: str, results: list[dict[str, Any]], r
         marker = "o" if kind == "masked" else "s"
         axis.plot(size, value, marker, color=colours[one["shots"]])
         axis.annotate(one["model"], (size, value), fontsize="xx-small", xytext=(4, 2), textcoords="offset points")
-    for name, scores in _scores(task).items():
+    for name, scores in _scores(task, metric).items():
         for label, value in scores.items():
             # Few of theirs beside the most of ours.
             colour = "0.4" if label == "few" else colours.get(int(label), "0.7")
@@ -97,11 +108,13 @@ def _by_size(axis: Any, task: str, metric: str, results: list[dict[str, Any]], r
         )
     for one, colour in colours.items():
         axis.plot([], [], "o", color=colour, label=f"{one} shots")
-    if _scores(task):
+    if any("few" in scores for scores in _scores(task, metric).values()):
         axis.plot([], [], "o", color="0.4", markerfacecolor="none", label="few shots, published")
     axis.set_xscale("log")
     axis.set_xlabel("parameters")
 
 
-def _scores(task: str) -> dict[str, dict[str, float]]:
-    return published()["tasks"].get(task, {"scores": {}})["scores"]
+def _scores(task: str, metric: str) -> dict[str, dict[str, float]]:
+    """Published ones of models."""
+    models = published()["models"] | gpt2.published()["models"]
+    return {name: one for name, one in reference(task, metric, True).items() if name in models}

@@ -100,13 +100,15 @@ def _error(values: Sequence[Any], mean: float) -> float | None:
 def _silent_harness() -> Iterator[None]:
     """lm_eval tells of each step and draws bars of its own; here hundreds of its runs follow each other."""
     import lm_eval.api.task as module
+    import lm_eval.models.huggingface as model
 
-    log, bar = logging.getLogger("lm_eval"), module.tqdm
+    log, bar, other = logging.getLogger("lm_eval"), module.tqdm, model.tqdm
     level = log.level
     log.setLevel(logging.ERROR)
     module.tqdm = lambda items, **options: items
+    model.tqdm = lambda *items, **options: other(*items, **(options | {"disable": True}))
     try:
         yield
     finally:
         log.setLevel(level)
-        module.tqdm = bar
+        module.tqdm, model.tqdm = bar, other

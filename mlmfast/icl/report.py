@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlmfast.icl import gpt2
 from mlmfast.writers import replace
 
 # Of these lm_eval's values are shown as they are; all others are parts of 1 and shown in percent.
-UNSCALED = ("bleu", "sacrebleu", "chrf", "ter", "perplexity", "word_perplexity", "bits_per_byte")
+UNSCALED = ("bleu", "sacrebleu", "chrf", "ter", "perplexity", "word_perplexity", "bits_per_byte", "bits_per_character")
+DIGITS = {"perplexity": 2, "word_perplexity": 2, "bits_per_byte": 3, "bits_per_character": 3}
 PUBLISHED = Path(__file__).with_name("published.json")
 NAMES = {
     "acc": "accuracy",
@@ -20,12 +22,26 @@ NAMES = {
     "em": "exact match",
     "sacrebleu": "BLEU",
     "bleu": "BLEU",
+    "word_perplexity": "perplexity by words of the original",
+    "bits_per_byte": "bits per byte of the original",
+    "bits_per_character": "bits per character of the original",
+    "rouge_avg": "average of ROUGE-1, 2 and L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
 }
 
 
 def published() -> dict[str, Any]:
     """The paper's tables 1 to 4: ``tasks`` -> name -> ``scores`` -> model -> shots -> score as printed."""
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
+def reference(task: str, metric: str, first: bool) -> dict[str, dict[str, float]]:
+    """Published scores beside a metric, model -> shots -> score; of the in-context paper's tasks beside the first."""
+    if task.startswith(gpt2.PREFIX):
+        return gpt2.published()["tasks"].get(task, {}).get(metric, {})
+    return published()["tasks"].get(task, {"scores": {}})["scores"] if first else {}
 
 
 def scaled(metric: str, value: float) -> float:
@@ -35,8 +51,11 @@ def scaled(metric: str, value: float) -> float:
 
 def shown(metric: str, numbers: dict[str, Any]) -> str:
     """``61.2 ± 0.8``: mean and standard deviation over repetitions, where there are several."""
-    mean = f"{scaled(metric, numbers['mean']):.1f}"
-    return mean if numbers["std"] is None else f"{mean} ± {scaled(metric, numbers['std']):.1f}"
+    digits = DIGITS.get(metric, 1)
+    if metric in DIGITS and numbers["mean"] >= 1e5:
+        return f"{numbers['mean']:.2e}"
+    mean = f"{scaled(metric, numbers['mean']):.{digits}f}"
+    return mean if numbers["std"] is None else f"{mean} ± {scaled(metric, numbers['std']):.{digits}f}"
 
 
 def write(folder: Path, report: dict[str, Any], samples: Iterable[dict[str, Any]] | None = None) -> None:
@@ -51,27 +70,35 @@ def write(folder: Path, report: dict[str, Any], samples: Iterable[dict[str, Any]
 
 def tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     """A table for each metric of each task: ``task``, ``metric``, ``note``, ``head`` and ``rows``, all text."""
-    known = published()
+    kinds = {model["label"]: model["kind"] for model in report["models"]}
     labels = [model["label"] for model in report["models"]]
     found = []
     for task in dict.fromkeys(result["task"] for result in report["results"]):
         results = [result for result in report["results"] if result["task"] == task]
-        reference = known["tasks"].get(task, {"scores": {}})["scores"]
-        for place, metric in enumerate(dict.fromkeys(name for result in results for name in result["metrics"])):
-            beside = reference if place == 0 else {}
+        metrics = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+        for place, metric in enumerate(name for name in metrics if "@" not in name):
+            beside = reference(task, metric, place == 0)
+            # What does not depend on the model: a column of its own.
+            baselines = [name for name in metrics if name.startswith(f"{metric}@")]
             rows = []
             for shots in sorted({result["shots"] for result in results}):
                 cells = {result["model"]: result["metrics"] for result in results if result["shots"] == shots}
                 own = [
                     shown(metric, cells[label][metric]) if metric in cells.get(label, {}) else "" for label in labels
                 ]
-                rows.append([str(shots), *own, *(_printed(scores, str(shots)) for scores in beside.values())])
+                own += [shown(metric, next(iter(cells.values()))[name]) for name in baselines]
+                rows.append([str(shots), *own, *(_printed(task, one, str(shots)) for one in beside.values())])
             if beside:
                 for shots in ("0", "1", "few"):
-                    if shots not in [row[0] for row in rows]:
-                        rows.append([shots, *("" for _ in labels), *(_printed(one, shots) for one in beside.values())])
+                    if shots not in [row[0] for row in rows] and any(shots in scores for scores in beside.values()):
+                        printed = [_printed(task, one, shots) for one in beside.values()]
+                        rows.append([shots, *("" for _ in (*labels, *baselines)), *printed])
                 rows.sort(key=lambda row: (row[0] == "few", int(row[0]) if row[0] != "few" else 0))
-            head = ["shots", *labels, *(f"{name} (published)" for name in beside)]
+            # A PLL is no probability.
+            pseudo = metric in gpt2.PERPLEXITIES
+            own = [f"{label} (pseudo)" if pseudo and kinds[label] == "masked" else label for label in labels]
+            own += [name.partition("@")[2] for name in baselines]
+            head = ["shots", *own, *(f"{name} (published)" for name in beside)]
             found.append({"task": task, "metric": metric, "note": _note(metric, results), "head": head, "rows": rows})
     return found
 
@@ -98,6 +125,13 @@ def markdown(report: dict[str, Any]) -> str:
         f'{published()["source"]}. Its "few" is 4 to 64 shots, by task.',
         "",
     ]
+    if any(result["task"].startswith(gpt2.PREFIX) for result in report["results"]):
+        lines += [
+            f"Published scores of tasks whose names begin with {gpt2.PREFIX}: {gpt2.published()['source']}. Columns "
+            "marked *pseudo* are of masked models, whose pseudo-log-likelihoods are no probabilities: a "
+            "pseudo-perplexity is not to be compared with a perplexity.",
+            "",
+        ]
     if report["limit"] is not None:
         lines += [f"Only the first {report['limit']} examples were judged, of BLiMP those of each paradigm.", ""]
     for one in tables(report):
@@ -174,5 +208,7 @@ def _parts(report: dict[str, Any], task: str) -> list[str]:
     return table(["paradigm", "pairs", *(result["model"] for result in results)], rows)
 
 
-def _printed(scores: dict[str, float], shots: str) -> str:
-    return f"{scores[shots]:.1f}" if shots in scores else ""
+def _printed(task: str, scores: dict[str, float], shots: str) -> str:
+    if shots not in scores:
+        return ""
+    return f"{scores[shots]:g}" if task.startswith(gpt2.PREFIX) else f"{scores[shots]:.1f}"

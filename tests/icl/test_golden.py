@@ -86,7 +86,9 @@ def test_golden(name: str, tmp_path: Path) -> None:
 
 def test_every_task_has_one() -> None:
     _, known = tasks.catalogue()
-    assert sorted(name.removeprefix("icl_") for name in known) == sorted(icl_rows.ROWS)
+    # Those of the GPT-2 paper have files and a test of their own.
+    own = [name.removeprefix("icl_") for name in known if not name.startswith("icl_gpt2_")]
+    assert sorted(own) == sorted(icl_rows.ROWS)
     assert sorted(path.stem for path in GOLDEN.glob("*.txt")) == sorted(icl_rows.ROWS)
 
 

@@ -104,7 +104,7 @@ def catalogue() -> tuple[dict[str, list[str]], list[str]]:
 
     groups: dict[str, list[str]] = {}
     tasks = []
-    for path in sorted(FOLDER.glob("*.yaml")):
+    for path in sorted(FOLDER.rglob("*.yaml")):
         config = load_yaml(path, resolve_func=False)
         if "group" in config:
             groups[config["group"]] = config["task"]

@@ -12,6 +12,8 @@ from mlmfast.readers import Malformed, read_objects
 
 INDEX = "icl_index"
 SUFFIXES = (".jsonl", ".jsonl.gz")
+# Of texts that are no rows, for the tasks that read such.
+TEXT = ".txt"
 
 
 class Rows(list[dict[str, Any]]):
@@ -64,7 +66,8 @@ def local_files(task: str, source: Any) -> tuple[Path, Path]:
         if test.is_dir():
             folder = test
             test = next(
-                (path for end in SUFFIXES if (path := folder / (task + end)).is_file()), folder / f"{task}.jsonl"
+                (path for end in (*SUFFIXES, TEXT) if (path := folder / (task + end)).is_file()),
+                folder / f"{task}.jsonl",
             )
         train = beside(test)
     else:
