@@ -22,7 +22,7 @@ from mlmfast.icl.digits import DigitsOnly, DigitsWritten, digit_counts
 from mlmfast.icl.haystack import read_haystack, sentences_of
 from mlmfast.icl.needle import SLACK, Cell, Grid, Prompt, digits_right, fitted, render
 
-GOLDEN = Path(__file__).with_name("golden") / "needle_prompt.txt"
+GOLDEN = Path(__file__).with_name("needle_prompt.txt")
 HAYSTACK = sentences(400)
 MASKS, DIGITS = 3, 6
 
