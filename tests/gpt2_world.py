@@ -15,6 +15,7 @@ from truth import forward_of
 import mlmfast
 from mlmfast.icl import evaluate
 from mlmfast.icl.evaluate import Plan
+from mlmfast.icl.models import Settings
 
 Ran = tuple[dict[str, Any], list[dict[str, Any]]]
 HELD = 256
@@ -48,5 +49,7 @@ class World:
             if gpt2_rows.ROWS[name][1]:
                 data[name]["train"] = self.data / f"{name}.train.jsonl"
         samples: list[dict[str, Any]] = []
-        plan = Plan(models=[str(self.folder / kind) for kind in kinds], tasks=names, data=data, shots=(0, 2))
+        models = [str(self.folder / kind) for kind in kinds]
+        # The loops are over transformers' own code, and some texts are longer than the model was trained on.
+        plan = Plan(models=models, tasks=names, data=data, shots=(0, 2), settings=Settings(semantics="upstream"))
         return evaluate.run(plan, folder, samples=samples), samples
