@@ -15,7 +15,15 @@ import torch
 from tiny_text import CLS, MASK, SEP
 from tokenizers import Tokenizer
 
-LENGTHS, SHARES = (62, 126, 254), (0.15, 0.4, 0.45)
+LENGTHS = (62, 126, 254)
+KINDS_OF_ROW = ("needle", "pairs", "repeat", "labels", "tile")
+# What a stage of the training draws: shares of the lengths, and of the kinds of row. A model that only saw needles and
+# pairs stayed at a tenth of the digits for 500 steps; a few tokens over and over taught it to copy within 400.
+STAGES = {
+    "copy": ((0.8, 0.2, 0.0), (0.15, 0.1, 0.2, 0.05, 0.5)),
+    "recall": ((0.3, 0.4, 0.3), (0.42, 0.18, 0.2, 0.1, 0.1)),
+    "long": ((0.2, 0.4, 0.4), (0.42, 0.18, 0.2, 0.1, 0.1)),
+}
 NEEDLE = "special magic number"
 QUIZ = (
     "> Some {key} is hidden within the following articles. Make sure to memorize it."
@@ -57,7 +65,6 @@ PAIRS = (
 KINDS = {  # WordNet's lexicographer files of nouns whose words can be told apart by one word
     5: "animal", 6: "artifact", 8: "body", 13: "food", 15: "place", 18: "person", 20: "plant", 28: "time",
 }  # fmt: skip
-ACCOUNTED = ("needle", "pairs", "repeat", "labels")
 
 Piece = tuple[list[int], bool]  # tokens, and whether they are an answer
 
@@ -75,8 +82,8 @@ def held_out(seed: int = 42) -> set[str]:
 class Context:
     """Makes rows of one length; what is drawn hangs on the generator alone."""
 
-    def __init__(self, run: np.ndarray, tokenizer: Path, wordnet: str | None) -> None:
-        self.run = run
+    def __init__(self, run: np.ndarray, tokenizer: Path, wordnet: str | None, stage: str) -> None:
+        self.run, self.stage = run, stage
         self.tok = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         vocab = self.tok.get_vocab()
         self.words = sorted(p[1:] for p in vocab if p[0] == "\u2581" and p[1:].isalpha() and len(p) > 3)
@@ -180,13 +187,29 @@ class Context:
 
     def repeat(self, rng: random.Random, room: int) -> tuple[list[Piece], list[list[Piece]], list[Piece]]:
         n = rng.randrange(6, room // 2 - 2)
-        if rng.random() < 0.7:
+        if rng.random() < 0.3:
             text = self.hay(rng, n)
-        elif rng.random() < 0.5:
+        elif rng.random() < 0.3:
             text = [rng.randrange(261, 8192) for _ in range(n)]
         else:
             text = [t for w in rng.choices(self.words, k=n) for t in self.ids(w)][:n]
         return [], [[(text, True)]], [(text, True)]
+
+    def tile(self, rng: random.Random, n: int) -> tuple[list[int], list[int], list[int]]:
+        """A few tokens over and over, single ones masked: a whole row."""
+        size, drawn = rng.randrange(3, 20), rng.random()
+        if drawn < 0.5:
+            part = [rng.randrange(261, 8192) for _ in range(size)]
+        elif drawn < 0.75:
+            part = self.hay(rng, size)
+        else:
+            part = [t for w in rng.choices(self.words, k=size) for t in self.ids(w)][:size]
+        ids = (part * (n // size + 1))[:n]
+        where = sorted(rng.sample(range(n), max(1, int(n * rng.choice((0.1, 0.2, 0.4))))))
+        labels = [ids[i] for i in where]
+        for i in where:
+            ids[i] = MASK
+        return ids, where, labels
 
     def labels(self, rng: random.Random, room: int) -> tuple[list[Piece], list[list[Piece]], list[Piece]]:
         labels = rng.choice(LABELS).split() if rng.random() < 0.6 else rng.sample(self.words, 3)
@@ -212,7 +235,9 @@ class Context:
 
     def row(self, rng: random.Random, n: int, kind: str | None = None) -> tuple[list[int], list[int], list[int]]:
         """n tokens with masks, the masks' places, what was there."""
-        kind = kind or rng.choices(ACCOUNTED, (0.45, 0.25, 0.15, 0.15))[0]
+        kind = kind or rng.choices(KINDS_OF_ROW, STAGES[self.stage][1])[0]
+        if kind == "tile":
+            return self.tile(rng, n)
         if kind == "needle":
             if n < 100:  # no room for the whole template: its question alone
                 number = self.number(rng, 6)
@@ -277,7 +302,7 @@ class Context:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[CLS] rows [SEP] of one length, the flat places that are scored, their labels."""
         rng = random.Random(str(seed))
-        n = n or rng.choices(LENGTHS, SHARES)[0]
+        n = n or rng.choices(LENGTHS, STAGES[self.stage][0])[0]
         ids, where, labels = [], [], []
         for r in range(tokens // (n + 2)):
             row, places, true = self.row(rng, n, kind)

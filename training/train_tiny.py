@@ -23,7 +23,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")  # many batch 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are ruinous on a shared machine
 import numpy as np
 import torch
-from tiny_context import ACCOUNTED, Context
+from tiny_context import KINDS_OF_ROW, STAGES, Context
 from tiny_model import best_tokens, export, make_model, masked_loss, self_check, start_from
 from tiny_text import CLS, MASK, SEP, read_text, train_tokenizer
 
@@ -57,7 +57,7 @@ class Batches:
 
     def __init__(self, data: dict[str, np.ndarray], args: argparse.Namespace) -> None:
         self.args, self.run = args, data["train_runs"].astype(np.int64)
-        self.context = Context(self.run, Path(args.work) / "tokenizer", args.wordnet)
+        self.context = Context(self.run, Path(args.work) / "tokenizer", args.wordnet, args.stage)
         self.rows = {}
         for kind in "sents", "glosses":
             self.rows[kind] = self.by_length(data["train_" + kind], data[f"train_{kind}_len"])
@@ -137,7 +137,7 @@ def evaluate(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
             found = best_tokens(model, ids, where) == labels
             losses[f"digits {n + 2}"] = found.float().mean().item()
             losses[f"needles {n + 2}"] = found.view(-1, 6).all(1).float().mean().item()
-        for kind in ACCOUNTED:
+        for kind in KINDS_OF_ROW:
             ids, where, labels = batches.context.batch("held", 4096, 126, kind)
             losses[kind] = masked_loss(model, ids, where, labels, torch.bfloat16).item()
     return losses
@@ -155,6 +155,9 @@ def main() -> None:
     ap.add_argument("--chunks", type=float, default=0.27, help="share of steps on running text")
     ap.add_argument(
         "--context", type=float, default=0.5, help="share of steps on rows to be filled in from their context"
+    )
+    ap.add_argument(
+        "--stage", choices=list(STAGES), default="long", help="which of these rows; copy, recall, long in turn"
     )
     ap.add_argument("--init", help="folder of a model of this shape to begin with, tokenizer included")
     ap.add_argument("--lr", type=float, default=2e-3, help="AdamW: embeddings, norms, biases")
