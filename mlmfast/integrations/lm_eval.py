@@ -235,7 +235,10 @@ class MLMFastLM(LM):
                 settings["stop_strings"] = possible or None
                 for part in parts(places, PROMPTS):
                     prompts = self._fitting([requests[place].args[0] for place in part], settings)
-                    for place, one in zip(part, self.lm.generate(prompts, progress=False, **settings)):
+                    found = self.lm.generate(prompts, progress=False, **settings)
+                    if any(one.stopped == "interrupted" for one in found):
+                        raise KeyboardInterrupt  # half an answer is none: it must not come into a cache
+                    for place, one in zip(part, found):
                         answers[place] = cut(one.text, until)
                         self.cache_hook.add_partial("generate_until", requests[place].args, answers[place])
                     bar.update(len(part))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import json
 from typing import Any
@@ -303,6 +304,26 @@ def test_cache_keeps_what_is_answered(families: dict[str, Family], monkeypatch: 
     (cut,) = lm.generate_until(instances("generate_until", [("The cat", settings)]), True)
     assert cut == whole.split(whole[2:4])[0] != whole
     assert kept[1:] == [("generate_until", ("The cat", settings), cut)]
+
+
+def test_an_interruption_leaves_no_half_answer(families: dict[str, Family], monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = families["bert"].lm()
+    kept: list[Any] = []
+
+    class Hook:
+        def add_partial(self, attr: str, request: Any, answer: Any) -> None:
+            kept.append(answer)
+
+    lm.set_cache_hook(Hook())
+    real = lm.lm.generate
+
+    def interrupted(prompts: list[str], **options: Any) -> Any:  # as generate() answers Ctrl-C: with what there is
+        return [dataclasses.replace(one, stopped="interrupted") for one in real(prompts, **options)]
+
+    monkeypatch.setattr(lm.lm, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lm.generate_until(instances("generate_until", [("The cat", {"max_gen_toks": 8})]), True)
+    assert not kept
 
 
 def test_cache_keeps_what_was_computed_before_an_error(

@@ -56,7 +56,9 @@ class PerExample(ContextSampler):
                 continue
             seen.add(i)
             near = self.around is not None and abs(pool[i][INDEX] - place) <= self.around
-            if not near and without_place(pool[i]) != content:
+            # Test rows may have fields that demonstrations lack, as WSC's candidates.
+            shown = without_place(pool[i])
+            if not near and shown != {name: content.get(name) for name in shown}:
                 drawn.append(pool[i])
         return drawn
 

@@ -79,6 +79,8 @@ class ICLTask(ConfigurableTask):
         sources = metadata.get("data") or {}
         source = sources.get(self.name, sources.get(PREFIX + self.name))
         if source is not None:
+            if shots == test and isinstance(source, Mapping) and source.get("train"):
+                raise RequestError(f"{self.name} draws its demonstrations from its test rows: leave its train file out")
             files = dict(zip((shots, test), reversed(local_files(self.name, source))))
             self.dataset = Splits(
                 {split: partial(read_file, path, fields[split], labels) for split, path in files.items()}
