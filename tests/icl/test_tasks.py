@@ -87,6 +87,25 @@ def test_every_row_is_drawn_about_as_often(tmp_path: Path) -> None:
     assert all(len({row["icl_index"] for row in task.demonstrations(doc, 20)}) == 20 for doc in task.eval_docs)
 
 
+def test_test_rows_with_more_fields_are_no_demonstrations_of_themselves(tmp_path: Path) -> None:
+    """WSC's test rows have candidates, its demonstrations none."""
+    rows = "".join(json.dumps(row) + "\n" for row in icl_rows.ROWS["wsc"][0])
+    for name in ("wsc", "wsc.train"):
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    task = load(tmp_path, "wsc")
+    for doc in task.eval_docs:
+        assert doc["text"] not in [one["text"] for one in task.demonstrations(doc, 1)]
+
+
+def test_a_train_file_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    for name in ("winograd", "other"):
+        rows = "".join(json.dumps(row) + "\n" for row in icl_rows.ROWS["winograd"][0])
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    both = {"test": tmp_path / "winograd.jsonl", "train": tmp_path / "other.jsonl"}
+    with pytest.raises(RequestError, match="leave its train file out"):
+        tasks.load("winograd", data={"winograd": both})
+
+
 def test_no_test_row_is_its_own_demonstration(tmp_path: Path) -> None:
     row = {"premise": "A cat.", "hypothesis": "It is a cat.", "label": "True"}
     other = row | {"premise": "A dog.", "label": "False"}
