@@ -76,3 +76,11 @@ def record_of(question: Question, outcome: Ranking | str, number: int) -> dict[s
         "cache": outcome.cache,
         **generic_mark(outcome),
     }
+
+
+def scores_of(outcome: Ranking | str) -> dict[str, Any]:
+    """What a page shows beside :func:`record_of`: ``scores``, each option's tokens and their log-probabilities."""
+    if isinstance(outcome, str):
+        return {}
+    scores = outcome.scores
+    return {"scores": [{"tokens": one.tokens, "logprobs": [float(str(x)) for x in one.logprobs]} for one in scores]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from mlmfast.icl.last_word import KIND, last_words
-from mlmfast.icl.ledger import Ledger, Record
+from mlmfast.ledger import Ledger, Record
 
 # What is computed and kept together. Few characters for long prompts, so that little is lost; many requests where they
 # are short, so that batches are full.
@@ -111,11 +111,11 @@ class Answering(LM):
         distinct = dict(zip(keys, requests))
         new = [(key, request) for key, request in distinct.items() if key not in self._answers]
         self._progress(len(distinct) - len(new))
-        for group in groups(new):
+        for group in groups(new, kind):
             members = [request for _, request in group]
             lengths = self._lengths_of(kind, members)
             self._prepare(max(lengths))
-            with sampling(kind, group):
+            with seeded(group[0][0]) if samples(kind, members[0]) else nullcontext():
                 found = (
                     last_words(self._lm, members)
                     if kind == KIND
@@ -141,22 +141,27 @@ def key_of(kind: str, arguments: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
 
 
+def samples(kind: str, request: Instance) -> bool:
+    """Whether the answer's tokens are drawn."""
+    return kind == "generate_until" and bool(request.args[1].get("do_sample"))
+
+
 @contextmanager
-def sampling(kind: str, group: Sequence[tuple[str, Instance]]) -> Iterator[None]:
-    """Where tokens are drawn: random numbers that the group alone decides, so a run that goes on draws the same."""
-    if kind != "generate_until" or not any(request.args[1].get("do_sample") for _, request in group):
-        yield
-        return
+def seeded(key: str) -> Iterator[None]:
+    """Random numbers that a request's name alone decides, so a run that goes on, or asks for more, draws the same."""
     with torch.random.fork_rng():
-        torch.manual_seed(int(group[0][0][:15], 16))
+        torch.manual_seed(int(key[:15], 16))
         yield
 
 
-def groups(requests: Sequence[tuple[str, Instance]]) -> Iterator[list[tuple[str, Instance]]]:
-    """Consecutive requests that are computed together."""
+def groups(requests: Sequence[tuple[str, Instance]], kind: str) -> Iterator[list[tuple[str, Instance]]]:
+    """Consecutive requests that are computed together; one whose tokens are drawn is alone."""
     group: list[tuple[str, Instance]] = []
     size = 0
     for key, request in requests:
+        if samples(kind, request):
+            yield [(key, request)]
+            continue
         group.append((key, request))
         size += sum(len(part) for part in request.args if isinstance(part, str))
         if len(group) == REQUESTS or size >= CHARACTERS:

@@ -1,11 +1,10 @@
-"""Masked and causal models by name: which of the two one is, a causal one loaded, what tells it from others.
+"""Masked and causal models by name: which of the two one is, and a causal one loaded.
 
 Also the line break of a model's prompts, which depends on its tokenizer.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -33,10 +32,8 @@ from mlmfast.icl.tasks import SEPARATOR as LITERAL
 
 KINDS = ("masked", "causal")
 NEWLINE = "\n"
-SEPARATORS = {"newline": NEWLINE, "literal": LITERAL, "space": " "}
+SEPARATORS = {"newline": NEWLINE, "literal": LITERAL}
 TINY = Path(mlmfast.__file__).with_name("tiny")
-# Of a config: where it came from, not what it says.
-_PLACES = ("_name_or_path", "transformers_version", "_commit_hash", "torch_dtype", "dtype")
 
 
 def split(spec: str) -> tuple[str | None, str]:
@@ -123,28 +120,6 @@ def load_causal(
         )
     check_finite(name, dict(model.named_parameters()))
     return model.eval().to(place), tokenizer
-
-
-def digest(model: Any, tokenizer: Any, extras: dict[str, torch.Tensor] | None = None) -> str:
-    """A name for weights, config and tokenizer that changes with any of them.
-
-    Taken of what was loaded, not of files, so that it does not matter where they came from.
-
-    Args:
-        model, tokenizer: transformers'.
-        extras: tensors beside the model's (:attr:`mlmfast.MaskedLM.extras`).
-    """
-    found = hashlib.sha256()
-    for name, tensor in sorted([*model.state_dict().items(), *(extras or {}).items()]):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _PLACES}
-    found.update(json.dumps(config, sort_keys=True, default=str).encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    found.update(vocabulary.encode())
-    found.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
-    return found.hexdigest()
 
 
 def separator_of(choice: str, tokenizer: Any) -> str:

@@ -14,7 +14,9 @@ from mlmfast.commands import (
     BatchTokens,
     Device,
     DType,
+    Objective,
     Quiet,
+    RandomHead,
     Revision,
     Semantics,
     Separator,
@@ -59,7 +61,9 @@ def evaluate(
     dtype: DType = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    objective: Objective = "mlm",
     revision: Revision = None,
+    allow_random_head: RandomHead = False,
     quiet: Quiet = False,
 ) -> None:
     """Evaluate masked and causal models in context, side by side, as in "BERTs are Generative In-Context Learners".
@@ -76,7 +80,9 @@ def evaluate(
         from mlmfast.icl import figures, report
         from mlmfast.icl.models import Settings
 
-        settings = Settings(metric, window, dtype, device, backend, batch_tokens, revision, semantics)
+        settings = Settings(
+            metric, window, dtype, device, backend, batch_tokens, revision, semantics, objective, allow_random_head
+        )
         names = [name for given in tasks for name in listed(given)]
         plan = evaluation.Plan(
             models=model,
@@ -102,6 +108,8 @@ def evaluate(
         if not quiet:
             for one in found["models"]:
                 say(f"{one['label']}: {one['kind']}, line breaks in prompts are {one['separator']!r}")
+            for note in found["notes"]:
+                say(note)
             report.show(found)
             done = found["run"]
             say(
@@ -139,6 +147,7 @@ def data_of(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, P
     """
     from mlmfast.icl.evaluate import BLIMP, SPLITS, members
     from mlmfast.icl.gpt2 import WHOLE
+    from mlmfast.icl.tasks import PREFIX
     from mlmfast.icl.tasks.rows import SUFFIXES, TEXT
 
     found: dict[str, dict[str, Path]] = {}
@@ -150,7 +159,7 @@ def data_of(given: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, P
                 raise RequestError(f"--data {one}: there is no such folder; for a file write TASK=FILE")
             folders.append(Path(one))
             continue
-        task, _, split = name.partition(".")
+        task, _, split = name.removeprefix(PREFIX).partition(".")
         if (split or "test") not in SPLITS:
             raise RequestError(f"--data {one}: {name} is neither TASK nor TASK.train")
         if not Path(file).exists():

@@ -9,14 +9,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import torch
 
-import mlmfast
 from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import MLMFastError, RequestError
 from mlmfast.icl import blimp, gpt2, tasks
@@ -25,6 +23,7 @@ from mlmfast.icl.checkpoints import NEWLINE, kind_of, split, written
 from mlmfast.icl.judging import judged, loaded
 from mlmfast.icl.models import METRIC, Opened, Settings, open_model
 from mlmfast.icl.outcomes import Outcome, together
+from mlmfast.identity import versions
 from mlmfast.masking import check_metric
 
 BLIMP = "blimp"
@@ -92,13 +91,24 @@ def runs_of(plan: Plan) -> list[Run]:
     if BLIMP in names and "test" not in plan.data.get(BLIMP, {}):
         raise RequestError("task blimp needs its file: --data blimp=FILE (UID, sentence_good, sentence_bad)")
     if not written(plan.separator).strip(" "):
-        raise RequestError(f"--separator {plan.separator}: spaces part no lines of the tasks' prompts")
+        raise RequestError(f"--separator {plan.separator!r}: spaces part no lines of the tasks' prompts")
     found = []
     for name in names:
         own = gpt2.shots_of(name, plan.shots) if name.startswith(gpt2.PREFIX) else plan.shots
         for shots in sorted({0} if name == BLIMP else set(own)):
             once = shots == 0 or name.startswith(ONCE)
             found.append(Run(name, shots, tuple(plan.seed + i for i in range(1 if once else plan.repetitions))))
+    return found
+
+
+def notes(plan: Plan, asked: Sequence[Run]) -> list[str]:
+    """What was not done as it was asked for, and why: numbers of demonstrations that a task does not have."""
+    found = []
+    for task in dict.fromkeys(run.task for run in asked):
+        shots = sorted({run.shots for run in asked if run.task == task})
+        if shots != sorted(set(plan.shots)):
+            given, taken = (", ".join(map(str, sorted(set(one)))) for one in (plan.shots, shots))
+            found.append(f"{task}: its protocol has {taken} shots, whatever --shots says ({given})")
     return found
 
 
@@ -165,7 +175,8 @@ def run(plan: Plan, folder: Path, *, samples: list[dict[str, Any]] | None = None
     order = {name: place for place, name in enumerate(dict.fromkeys(run.task for run in asked))}
     results.sort(key=lambda result: (list(labels.values()).index(result["model"]), order[result["task"]]))
     return {
-        "versions": _versions(),
+        "versions": versions() | {"lm_eval": lm_eval.__version__},
+        "notes": notes(plan, asked),
         "seed": plan.seed,
         "limit": plan.limit,
         "data": {task: {split: str(path) for split, path in one.items()} for task, one in plan.data.items()},
@@ -195,11 +206,18 @@ def _evaluated(
     cut = 0
     # disable=None: a bar on a terminal only
     with tqdm(unit=" requests", file=sys.stderr, disable=True if quiet else None, leave=False) as bar:
+        task = None
+        if asked.task != BLIMP:
+            task = loaded(asked.task, plan.data.get(asked.task), asked.shots, asked.seeds[0], opened.separator)
         for repetition, seed in enumerate(asked.seeds):
             bar.set_description(f"{label}, {asked.task}, {asked.shots} shots, {repetition + 1} of {len(asked.seeds)}")
             lm = Answering(opened.lm, answers, opened.lengths, opened.limit, opened.prepare, advance)
             with quiet_transformers():  # of padding without a mask, which a causal model needs none for
-                outcome = _judged(plan, opened, asked, seed, lm)
+                if task is None:
+                    outcome = blimp.judged(lm, blimp.read_pairs(plan.data[BLIMP]["test"], plan.limit))
+                else:
+                    task.set_fewshot_seed(seed)
+                    outcome = judged(lm, task, plan.limit)
             outcomes.append(outcome)
             tally["computed"] += lm.computed
             tally["found"] += lm.asked - lm.computed
@@ -211,17 +229,10 @@ def _evaluated(
     return head | together(outcomes)
 
 
-def _judged(plan: Plan, opened: Opened, asked: Run, seed: int, lm: Any) -> Outcome:
-    """One repetition."""
-    if asked.task == BLIMP:
-        return blimp.judged(lm, blimp.read_pairs(plan.data[BLIMP]["test"], plan.limit))
-    return judged(lm, loaded(asked.task, plan.data.get(asked.task), asked.shots, seed, opened.separator), plan.limit)
-
-
 def labels_of(models: Sequence[str]) -> dict[str, str]:
     """Model as asked for -> its name in the report: the last part of a path where no other ends like it."""
     models = list(dict.fromkeys(models))
-    short = [Path(split(spec)[1]).name for spec in models]
+    short = [Path(split(spec)[1]).name or spec for spec in models]
     return {spec: name if short.count(name) == 1 else spec for spec, name in zip(models, short)}
 
 
@@ -272,8 +283,3 @@ def _description(opened: Opened, label: str, metrics: Sequence[str], revision: s
         "metrics": list(metrics),
         "identity": opened.identity,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"mlmfast": mlmfast.__version__, "lm_eval": lm_eval.__version__, "torch": torch.__version__}
-    return found | {name: metadata.version(name) for name in ("transformers", "tokenizers")}

@@ -29,7 +29,7 @@ already quite rather almost always often
 s t d ll re ve m don didn doesn isn wasn weren aren hasn haven hadn won wouldn couldn shouldn
 """
 STOP_WORDS = frozenset(_WRITTEN.split())
-# Distributions held at once.
+# Distributions of a masked model held at once; a causal one's batch is sized by what it computes.
 TEXTS = 16
 
 
@@ -59,10 +59,13 @@ def last_words(lm: Any, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         requests: with ``args`` (context, word), a space before the word.
     """
     answers = []
-    find = _causal if hasattr(lm, "_encode_pair") else _masked
-    for start in range(0, len(requests), TEXTS):
-        for logprobs, ids in find(lm, [request.args for request in requests[start : start + TEXTS]]):
-            answers.append(predicted(logprobs, ids, passed_over(lm.tokenizer, logprobs.shape[1])))
+    find, size = (_causal, lm.batch_size) if hasattr(lm, "_encode_pair") else (_masked, TEXTS)
+    ignored = None
+    for start in range(0, len(requests), size):
+        for logprobs, ids in find(lm, [request.args for request in requests[start : start + size]]):
+            if ignored is None:
+                ignored = passed_over(lm.tokenizer, logprobs.shape[1])
+            answers.append(predicted(logprobs, ids, ignored))
     return answers
 
 

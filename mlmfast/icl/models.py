@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+import lm_eval
 from lm_eval.models.huggingface import HFLM
 
-import mlmfast
 from mlmfast.checkpoint import quiet_transformers
 from mlmfast.errors import RequestError
-from mlmfast.icl.checkpoints import digest, kind_of, load_causal, separator_of, slug, split
+from mlmfast.icl.checkpoints import kind_of, load_causal, separator_of, slug, split
+from mlmfast.identity import digest, versions
 from mlmfast.integrations.lm_eval import LENGTHS, MLMFastLM
 
 METRIC = "window"
+MASKS = 3  # appended where masked models generate
 # Rows of a causal model's batch: their logits are all held at once, in float32 twice.
 CAUSAL_TOKENS, CAUSAL_ROWS = 2048, 64
 
@@ -34,7 +34,8 @@ class Settings:
 
     Attributes:
         metric, window: of masked models, as in :meth:`mlmfast.MaskedLM.score`; None: the paper's.
-        dtype, device, backend, batch_tokens, revision, semantics: as in :func:`mlmfast.load`.
+        dtype, device, backend, batch_tokens, revision, semantics, objective, allow_random_head: as in
+            :func:`mlmfast.load`.
     """
 
     metric: str | None = None
@@ -45,6 +46,8 @@ class Settings:
     batch_tokens: int | None = None
     revision: str | None = None
     semantics: str = "trained"
+    objective: str = "mlm"
+    allow_random_head: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +79,15 @@ class Opened:
         return f"{slug(Path(self.name).name)[:40]}-{own[:16]}"
 
     def lengths(self, kind: str, requests: Sequence[Any]) -> list[int]:
-        """Tokens of each request, special ones and those to be generated included.
+        """Tokens of each request, special ones, masks and those to be generated included.
 
         Raises:
             RequestError: a causal model does not hold what is scored, or to be generated, alone.
         """
         if kind == "generate_until":
             texts = [request.args[0] for request in requests]
-            added = [_generated(request.args[1]) for request in requests]
+            masks = MASKS - 1 if self.kind == "masked" else 0  # the last token is predicted with them
+            added = [_generated(request.args[1]) + masks for request in requests]
         else:
             texts = ["".join(request.args) for request in requests]
             # A causal model does not read the last token.
@@ -130,17 +134,18 @@ def open_model(spec: str, settings: Settings, separator: str = "auto") -> Opened
     kind, name = split(spec)
     kind = kind or kind_of(name, settings.revision)
     common: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "batch_tokens": settings.batch_tokens}
-    versions = {"mlmfast": mlmfast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     if kind == "masked":
         own: dict[str, Any] = {
             "metric": settings.metric or METRIC,
             "window": settings.window,
             "backend": settings.backend,
             "semantics": settings.semantics,
+            "objective": settings.objective,
         }
-        lm = MLMFastLM(name, revision=settings.revision, **own, **common)
+        head = settings.allow_random_head
+        lm = MLMFastLM(name, revision=settings.revision, allow_random_head=head, **own, **common)
         model, tokenizer, extras = lm.lm.model, lm.lm.tokenizer, lm.lm.extras
-        own |= {"objective": lm.lm.objective, "num_masks": 3}
+        own["num_masks"] = MASKS
         if own["metric"] != "window":
             del own["window"]
     else:
@@ -148,7 +153,7 @@ def open_model(spec: str, settings: Settings, separator: str = "auto") -> Opened
         model, tokenizer, extras = lm.model, lm.tokenizer, {}
     common |= {"dtype": str(next(model.parameters()).dtype), "device": lm.device.type}
     # Neither name nor revision: the same weights give the same answers wherever they lie.
-    identity: dict[str, Any] = {"kind": kind} | own | common | versions
+    identity: dict[str, Any] = {"kind": kind} | own | common | versions() | {"lm_eval": lm_eval.__version__}
     identity["weights"] = digest(model, tokenizer, extras)
     return Opened(
         name=name,
@@ -163,7 +168,13 @@ def open_model(spec: str, settings: Settings, separator: str = "auto") -> Opened
 
 def _causal(name: str, settings: Settings) -> Any:
     """A causal model behind lm_eval's ``hf``."""
-    model, tokenizer = load_causal(name, dtype=settings.dtype, device=settings.device, revision=settings.revision)
+    model, tokenizer = load_causal(
+        name,
+        dtype=settings.dtype,
+        device=settings.device,
+        revision=settings.revision,
+        allow_random_head=settings.allow_random_head,
+    )
     ids = tokenizer("a")["input_ids"]
     log = logging.getLogger("lm_eval")
     level = log.level

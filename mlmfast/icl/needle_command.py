@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-import mlmfast
 from mlmfast.commands import (
     Backend,
     BatchTokens,
@@ -18,6 +17,7 @@ from mlmfast.commands import (
     DType,
     Objective,
     Quiet,
+    RandomHead,
     Revision,
     Semantics,
     Separator,
@@ -51,9 +51,7 @@ def needle(
     semantics: Semantics = "trained",
     objective: Objective = "mlm",
     revision: Revision = None,
-    allow_random_head: Annotated[
-        bool, typer.Option("--allow-random-head", help="Ask although the checkpoint has no trained prediction head.")
-    ] = False,
+    allow_random_head: RandomHead = False,
     quiet: Quiet = False,
 ) -> None:
     """Hide a six-digit number in a long text and ask for it: length by place (Samuel 2024, section 3).
@@ -69,6 +67,7 @@ def needle(
         from mlmfast.icl.haystack import digest, read_haystack
         from mlmfast.icl.needle import Grid
         from mlmfast.icl.needle_report import markdown, report
+        from mlmfast.identity import versions
         from mlmfast.writers import replace
 
         models = list(model or ["tiny"])
@@ -82,7 +81,7 @@ def needle(
         sentences = read_haystack(haystack, field)
         check_folder(output)
         output.mkdir(parents=True, exist_ok=True)
-        common = {"mlmfast": mlmfast.__version__, "haystack": digest(sentences), "seed": seed}
+        common: dict[str, Any] = versions() | {"haystack": digest(sentences), "seed": seed}
         common |= {"placements": placements, "repetitions": repetitions}
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
@@ -119,9 +118,9 @@ def _measure(
     from tqdm import tqdm
 
     from mlmfast.icl.checkpoints import separator_of
-    from mlmfast.icl.ledger import Ledger
     from mlmfast.icl.needle_models import load_asked
     from mlmfast.icl.needle_run import ask, summary
+    from mlmfast.ledger import Ledger
 
     asked = load_asked(spec, **asking)
     joined = separator_of(separator, asked.tokenizer)

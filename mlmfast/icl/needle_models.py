@@ -14,9 +14,10 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 import mlmfast
 from mlmfast.errors import RequestError
-from mlmfast.icl.checkpoints import digest, kind_of, load_causal, split
+from mlmfast.icl.checkpoints import kind_of, load_causal, split
 from mlmfast.icl.digits import DigitsOnly, DigitsWritten, digit_counts
 from mlmfast.icl.needle import DIGITS
+from mlmfast.identity import digest
 from mlmfast.model import MaskedLM
 from mlmfast.tokenization import TextEncoder
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlmfast.icl.ledger import Ledger
 from mlmfast.icl.needle import DIGITS, Cell, Grid, digits_right, fitted
 from mlmfast.icl.needle_models import Asked, count
+from mlmfast.ledger import Ledger
 
 # Tokens of the prompts that are asked for at once: what an interruption may cost, and what bounds a causal model's
 # batch. A masked model packs them by its own budget.

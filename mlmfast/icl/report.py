@@ -14,6 +14,7 @@ from mlmfast.writers import replace
 # Of these lm_eval's values are shown as they are; all others are parts of 1 and shown in percent.
 UNSCALED = ("bleu", "sacrebleu", "chrf", "ter", "perplexity", "word_perplexity", "bits_per_byte", "bits_per_character")
 DIGITS = {"perplexity": 2, "word_perplexity": 2, "bits_per_byte": 3, "bits_per_character": 3}
+AVERAGE = "average of table "
 PUBLISHED = Path(__file__).with_name("published.json")
 NAMES = {
     "acc": "accuracy",
@@ -25,6 +26,7 @@ NAMES = {
     "word_perplexity": "perplexity by words of the original",
     "bits_per_byte": "bits per byte of the original",
     "bits_per_character": "bits per character of the original",
+    "mean": "mean over its tasks of what each lists first",
     "rouge_avg": "average of ROUGE-1, 2 and L",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
@@ -100,7 +102,31 @@ def tables(report: dict[str, Any]) -> list[dict[str, Any]]:
             own += [name.partition("@")[2] for name in baselines]
             head = ["shots", *own, *(f"{name} (published)" for name in beside)]
             found.append({"task": task, "metric": metric, "note": _note(metric, results), "head": head, "rows": rows})
-    return found
+    return found + [table for number in range(1, 5) if (table := average(report, number))]
+
+
+def average(report: dict[str, Any], number: int) -> dict[str, Any] | None:
+    """One of the paper's tables: the mean over its tasks; None where not all were evaluated."""
+    known = published()["tasks"]
+    tasks = [name for name, one in known.items() if one["table"] == number and not name.startswith(AVERAGE)]
+    values: dict[tuple[str, int], list[float]] = {}
+    for result in report["results"]:
+        if result["task"] in tasks:
+            metric, numbers = next(iter(result["metrics"].items()))
+            values.setdefault((result["model"], result["shots"]), []).append(scaled(metric, numbers["mean"]))
+    whole = {key: sum(one) / len(one) for key, one in values.items() if len(one) == len(tasks)}
+    if not whole:
+        return None
+    labels = [model["label"] for model in report["models"]]
+    beside = known[f"{AVERAGE}{number}"]["scores"]
+    rows = []
+    for shots in sorted({shots for _, shots in whole}):
+        own = [f"{whole[label, shots]:.1f}" if (label, shots) in whole else "" for label in labels]
+        rows.append([str(shots), *own, *(_printed("", one, str(shots)) for one in beside.values())])
+    rows.append(["few", *("" for _ in labels), *(_printed("", one, "few") for one in beside.values())])
+    head = ["shots", *labels, *(f"{name} (published)" for name in beside)]
+    note = f"{len(tasks)} tasks: {', '.join(tasks)}."
+    return {"task": f"{AVERAGE}{number}", "metric": "mean", "note": note, "head": head, "rows": rows}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -126,12 +152,14 @@ def markdown(report: dict[str, Any]) -> str:
         "",
     ]
     if any(result["task"].startswith(gpt2.PREFIX) for result in report["results"]):
+        known = gpt2.published()
         lines += [
-            f"Published scores of tasks whose names begin with {gpt2.PREFIX}: {gpt2.published()['source']}. Columns "
-            "marked *pseudo* are of masked models, whose pseudo-log-likelihoods are no probabilities: a "
+            f"Published scores of tasks whose names begin with {gpt2.PREFIX}: {known['source']}. {known['note']} "
+            "Columns marked *pseudo* are of masked models, whose pseudo-log-likelihoods are no probabilities: a "
             "pseudo-perplexity is not to be compared with a perplexity.",
             "",
         ]
+    lines += [line for note in report["notes"] for line in (f"{note}.", "")]
     if report["limit"] is not None:
         lines += [f"Only the first {report['limit']} examples were judged, of BLiMP those of each paradigm.", ""]
     for one in tables(report):
@@ -190,7 +218,10 @@ def _note(metric: str, results: Sequence[dict[str, Any]]) -> str:
     cut = [f"{result['model']}, {result['shots']} shots: {result['cut']:,}" for result in results if result["cut"]]
     note = "; ".join(said) + "."
     if cut:
-        note += " Prompts that lost their beginnings, too long for the model: " + "; ".join(cut) + "."
+        note += " Requests (candidates each count) that lost their beginnings, too long for the model: " + "; ".join(
+            cut
+        )
+        note += "."
     return note
 
 

@@ -216,8 +216,8 @@ class MLMFastLM(LM):
 
         What a task's ``generation_kwargs`` hold besides lm_eval's own ``until`` and ``max_gen_toks`` are arguments of
         :meth:`mlmfast.MaskedLM.generate`, ``num_masks`` among them. With ``min_new_tokens``, strings in ``until`` that
-        are tokens are stop tokens, which may not come before. A context that is too long for the model loses its
-        beginning, with a warning.
+        are tokens are stop tokens, which may not come before, and stop nothing as parts of others (``1,000``). A
+        context that is too long for the model loses its beginning, with a warning.
 
         Raises:
             RequestError: settings that ``generate`` does not know, or no room for a context.
@@ -229,8 +229,11 @@ class MLMFastLM(LM):
         with self._bar("generate_until", len(requests), disable_tqdm) as bar:
             for places in alike.values():
                 until, settings = generation_settings(requests[places[0]].args[1], self.max_gen_toks)
+                ends: list[str] = []  # that tokens are, which stand at the end of a text that they stopped
                 if settings.get("min_new_tokens") and settings.get("eos_token_id") is None:
                     settings |= self._stops(until)
+                    left = settings["stop_strings"] or []
+                    until, ends = left, [one for one in until if one not in left]
                 possible = [one for one in settings.get("stop_strings") or [] if self._writes(one)]
                 settings["stop_strings"] = possible or None
                 for part in parts(places, PROMPTS):
@@ -239,7 +242,10 @@ class MLMFastLM(LM):
                     if any(one.stopped == "interrupted" for one in found):
                         raise KeyboardInterrupt  # half an answer is none: it must not come into a cache
                     for place, one in zip(part, found):
-                        answers[place] = cut(one.text, until)
+                        text = one.text
+                        if one.stopped == "token":
+                            text = text.removesuffix(next((end for end in ends if text.endswith(end)), ""))
+                        answers[place] = cut(text, until)
                         self.cache_hook.add_partial("generate_until", requests[place].args, answers[place])
                     bar.update(len(part))
         return answers

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
@@ -244,11 +245,52 @@ def test_requests_are_asked_once(tmp_path: Path) -> None:
 
 def test_groups_are_small_for_long_prompts() -> None:
     def sizes(length: int, number: int) -> list[int]:
-        return [len(group) for group in groups([("", one) for one in asked(*[("x" * length, "")] * number)])]
+        requests = [("", one) for one in asked(*[("x" * length, "")] * number)]
+        return [len(group) for group in groups(requests, "loglikelihood")]
 
     assert sizes(1, 1025) == [512, 512, 1]
     assert sizes(module.CHARACTERS // 4, 9) == [4, 4, 1]
     assert sizes(1, 0) == []
+
+
+class Drawing(Counting):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+        return [f"{torch.rand(())}" for _ in requests]
+
+
+def test_what_is_drawn_does_not_depend_on_what_else_is_asked(tmp_path: Path) -> None:
+    """The first two of four, and then the rest, draw what all four do at once; nobody else's numbers change."""
+    settings = {"do_sample": True}
+    requests = asked(*[(prompt, settings) for prompt in "abcd"], kind="generate_until")
+
+    def drawn(path: Path, *parts: list[Instance]) -> list[str]:
+        with Answers(path, {}) as answers:
+            lm = Answering(Drawing(), answers, lambda kind, requests: [1] * len(requests), None)
+            return [lm.generate_until(part) for part in parts][-1]
+
+    torch.manual_seed(1)
+    following = torch.rand(())
+    torch.manual_seed(1)
+    whole = drawn(tmp_path / "a.jsonl", requests)
+    assert torch.rand(()) == following and len(set(whole)) == 4
+    assert drawn(tmp_path / "b.jsonl", requests[:2], requests) == whole
+
+
+@pytest.mark.parametrize("damaged", [b"{\n", b"\0\0\0\n"])
+def test_a_damaged_line_before_others_loses_none_of_them(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    with Answers(path, {}) as answers:
+        answers.add([{"a": 1}, {"b": 2}, {"c": 3}])
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = damaged
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(RequestError, match=r"a\.jsonl, line 3 is damaged, .* delete that line"):
+        Answers(path, {})
+    assert path.read_bytes() == b"".join(lines)
+    del lines[2]
+    path.write_bytes(b"".join(lines))
+    with Answers(path, {}) as answers:
+        assert "a" in answers and "b" not in answers and answers["c"] == 3
 
 
 def test_keys_tell_requests_apart() -> None:

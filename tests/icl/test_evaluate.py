@@ -26,10 +26,12 @@ pytest.importorskip("lm_eval", reason='pip install "mlmfast[eval]"')
 
 import evaluation
 from evaluation import Inputs
+from lm_eval.api.instance import Instance
 
 from mlmfast.icl import checkpoints as icl_checkpoints
-from mlmfast.icl import evaluate, models
+from mlmfast.icl import commands, evaluate, models
 from mlmfast.icl.evaluate import Plan
+from mlmfast.identity import digest
 
 LITERAL = "\\n "
 
@@ -201,6 +203,27 @@ def test_tiny_has_line_breaks_and_its_trained_semantics() -> None:
     assert opened.file != other.file and opened.identity["weights"] == other.identity["weights"]
 
 
+def test_shots_that_a_task_does_not_have_are_said(inputs: Inputs, tmp_path: Path) -> None:
+    asked = plan(inputs, inputs.masked, tasks=("rte", "blimp"), limit=1, shots=(0, 2), repetitions=1)
+    report = evaluate.run(asked, tmp_path)
+    assert report["notes"] == ["blimp: its protocol has 0 shots, whatever --shots says (0, 2)"]
+    assert evaluate.run(plan(inputs, inputs.masked, limit=1), tmp_path)["notes"] == []
+
+
+@pytest.mark.parametrize("own", [0, 20])
+def test_masks_and_special_tokens_count_as_length(inputs: Inputs, own: int) -> None:
+    """As long as the model holds, nothing is cut; a token more, and what is counted is what is cut."""
+    opened = models.open_model(str(inputs.masked), models.Settings())
+    assert opened.limit is not None
+    room = opened.limit - 2 - own - (models.MASKS - 1)
+    for words, over in ((room, False), (room + 1, True)):
+        prompt = " ".join(["the"] * words)
+        request = Instance("generate_until", {}, (prompt, {"max_gen_toks": own}), 0)
+        assert (opened.lengths("generate_until", [request])[0] > opened.limit) == over
+        settings = {"num_masks": models.MASKS, "max_new_tokens": own}
+        assert (opened.lm._fitting([prompt], settings) != [prompt]) == over
+
+
 def test_limit_and_metric(inputs: Inputs, tmp_path: Path) -> None:
     settings = models.Settings(metric="global_l2r")
     asked = plan(inputs, inputs.masked, tasks=("rte", "blimp"), limit=2, settings=settings)
@@ -279,17 +302,17 @@ def test_the_config_says_the_kind(tmp_path: Path, config: dict[str, Any], kind: 
 def test_weights_config_and_tokenizer_have_one_digest(inputs: Inputs) -> None:
     opened = models.open_model(str(inputs.causal), models.Settings())
     model, tokenizer = opened.lm.model, opened.lm.tokenizer
-    first = icl_checkpoints.digest(model, tokenizer, {})
+    first = digest(model, tokenizer, {})
     again = models.open_model(str(inputs.causal), models.Settings()).identity
     assert first == opened.identity["weights"] == again["weights"]
-    found = {first, icl_checkpoints.digest(model, tokenizer, {"extra": torch.ones(2)})}
+    found = {first, digest(model, tokenizer, {"extra": torch.ones(2)})}
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[3, 5] += 1e-4
-    found.add(icl_checkpoints.digest(model, tokenizer, {}))
+    found.add(digest(model, tokenizer, {}))
     model.config.attn_pdrop = 0.123
-    found.add(icl_checkpoints.digest(model, tokenizer, {}))
+    found.add(digest(model, tokenizer, {}))
     tokenizer.add_tokens(["another"])
-    found.add(icl_checkpoints.digest(model, tokenizer, {}))
+    found.add(digest(model, tokenizer, {}))
     assert len(found) == 5
 
 
@@ -317,6 +340,15 @@ def test_the_command_writes_everything(inputs: Inputs, ran: Ran, tmp_path: Path)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     pictures = {"shots.png", "shots.svg", "size.png", "size.svg"}
     assert names == {"answers", "report.json", "report.md", "samples.jsonl.gz"} | pictures
+
+
+def test_tasks_may_have_their_prefix(inputs: Inputs) -> None:
+    data = commands.data_of([f"icl_rte={inputs.rte}", f"icl_rte.train={inputs.train}"], ["icl_rte"])
+    assert data == {"rte": {"test": inputs.rte, "train": inputs.train}}
+
+
+def test_models_without_a_name_of_their_own() -> None:
+    assert evaluate.labels_of([".", "causal:.", "a/b"]) == {".": ".", "causal:.": "causal:.", "a/b": "b"}
 
 
 def test_data_by_folder(inputs: Inputs, tmp_path: Path) -> None:
@@ -348,13 +380,15 @@ def test_data_by_folder(inputs: Inputs, tmp_path: Path) -> None:
         (["--data", "missing"], ["--data missing", "TASK=FILE"]),
         (["--data", "rte.dev=README.md"], ["neither TASK nor TASK.train"]),
         (["--dtype", "float8"], ["float8", "float32"]),
-        (["--separator", "space"], ["--separator space", "part no lines"]),
+        (["--separator", " "], ["--separator ' '", "part no lines"]),
     ],
 )
 def test_what_is_wrong_is_named(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: list[str], said: list[str]
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable is read at import; without a network every look at the Hub would be tried for seconds.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     given = {"--model": [str(inputs.causal)], "--tasks": ["rte"], "--data": [f"rte={inputs.rte}"], "--shots": ["2"]}
     given["--data"].append(f"rte.train={inputs.train}")
     given["--output"] = [str(tmp_path / "out")]

@@ -162,7 +162,7 @@ def test_a_grid_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
 def test_separators(tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     assert separator_of("auto", tokenizers["gpt2"]) == "\n"  # which keeps line breaks
     assert separator_of("auto", tokenizers["bert"]) == "\\n "
-    named = ("newline", "literal", "space", " | ", r"\n\n", r"\\n ")
+    named = ("newline", "literal", " ", " | ", r"\n\n", r"\\n ")
     chosen = [separator_of(choice, tokenizers["gpt2"]) for choice in named]
     assert chosen == ["\n", "\\n ", " ", " | ", "\n\n", "\\n "]
 

@@ -23,7 +23,7 @@ from mlmfast.icl.needle_report import DEBERTA, markdown
 DRIVER = """
 import os, signal
 from mlmfast.cli import main
-from mlmfast.icl.ledger import Ledger
+from mlmfast.ledger import Ledger
 add, left = Ledger.add, [int(os.environ["BATCHES"])]
 def dying(self, records):
     add(self, records)
@@ -156,7 +156,11 @@ def test_the_window_cache_is_called_approximate(folders: dict[str, Path], haysta
     ],
     ids=str,
 )
-def test_wrong_requests(arguments: list[str], message: str, haystack: str, tmp_path: Path) -> None:
+def test_wrong_requests(
+    arguments: list[str], message: str, haystack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a network every look at the Hub would be tried for seconds.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = ["--haystack", haystack] if "--haystack" not in arguments else []
     result = invoke(*given, "--output", str(tmp_path / "out"), *arguments)
     assert result.exit_code == 2

@@ -17,10 +17,10 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 import mlmfast
 from mlmfast.errors import CheckpointError, MLMFastError, RequestError
 from mlmfast.icl.checkpoints import kind_of
-from mlmfast.icl.ledger import Ledger
 from mlmfast.icl.needle import Cell, Grid, fitted
 from mlmfast.icl.needle_models import Causal, Masked, count, load_asked
 from mlmfast.icl.needle_run import ask, summary
+from mlmfast.ledger import Ledger
 
 HAYSTACK = checkpoints.sentences(400)
 LENGTHS = {"bert": 420, "roberta": 300, "deberta": 300, "gpt2": 300}

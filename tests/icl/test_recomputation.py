@@ -181,6 +181,20 @@ def stops(world: World, until: list[str]) -> set[int]:
     return found
 
 
+def test_a_stop_token_within_another_stops_nothing(world: World) -> None:
+    """The released code stops at the token of a comma; a number with a comma may be a token."""
+    tokenizer = copy.deepcopy(world.tokenizer)
+    tokenizer.add_tokens(["1,000"])
+    eager = copy.deepcopy(world.lm.lm.model)
+    eager.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():
+        eager.get_output_embeddings().bias[tokenizer.convert_tokens_to_ids("1,000")] += 80
+    task = world.load("nq", 1)
+    samples = replace(world, lm=MLMFastLM(eager, tokenizer)).run(task)["samples"][task.config.task]
+    for sample in samples:
+        assert sample["filtered_resps"][0].count("1,000") == 16
+
+
 @pytest.mark.parametrize(("name", "most", "least"), [("nq", 16, 2), ("wmt16_de_en", 12, 8)])
 def test_generation_is_the_papers_search(world: World, name: str, most: int, least: int) -> None:
     """Four beams, and the stop tokens, which may not come before so many tokens, however likely they are."""

@@ -39,6 +39,7 @@ def report() -> dict[str, Any]:
         "versions": {"mlmfast": "1.2.3", "lm_eval": "0.4.13"},
         "seed": 42,
         "limit": None,
+        "notes": ["blimp: its protocol has 0 shots, whatever --shots says (0, 4)"],
         "models": [
             {"label": "tiny", "separator": "\\n "} | described,
             {"label": "gpt2", "separator": "\n", "kind": "causal"}
@@ -69,8 +70,8 @@ def test_markdown(report: dict[str, Any]) -> None:
     ]
     start = lines.index("## rte, accuracy")
     assert lines[start + 2 : start + 10] == [
-        "1,767 examples; chance 50.0; standard error over examples at most 1.2; 5 repetitions. Prompts that lost their "
-        "beginnings, too long for the model: tiny, 4 shots: 12.",
+        "1,767 examples; chance 50.0; standard error over examples at most 1.2; 5 repetitions. Requests (candidates "
+        "each count) that lost their beginnings, too long for the model: tiny, 4 shots: 12.",
         "",
         "| shots | tiny | gpt2 | GPT-3 1.3B (published) | DeBERTa 1.5B (published) |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -88,6 +89,7 @@ def test_markdown(report: dict[str, Any]) -> None:
         "| 0 | 20.0 |  |",
     ]
     assert "| 1 | 2.3 |  | 25.8 | 23.7 |" in lines
+    assert "blimp: its protocol has 0 shots, whatever --shots says (0, 4)." in lines
     start = lines.index("## blimp, accuracy")
     assert lines[start + 2].startswith("200 examples; chance 50.0")
     assert lines[start + 8 : start + 12] == [
@@ -105,6 +107,32 @@ def test_markdown(report: dict[str, Any]) -> None:
     assert "not measured here: Samuel (2024)" in text and "arXiv 2406.04823" in text and "Only the first" not in text
     limited = module.markdown(report | {"limit": 7})
     assert "Only the first 7 examples were judged, of BLiMP those of each paradigm." in limited
+
+
+def test_averages(report: dict[str, Any]) -> None:
+    """A row only where a model has all of a table's tasks, each by its first metric, in percent."""
+    tasks = [name for name, one in module.published()["tasks"].items() if one["table"] == 2]
+    tasks.remove("average of table 2")
+    results = [result("tiny", name, 0, {"acc": numbers(0.1 * i, None, None, None)}) for i, name in enumerate(tasks)]
+    results += [result("tiny", name, 1, {"acc": numbers(0.9, None, None, None)}) for name in tasks[1:]]
+    results += [result("gpt2", name, 0, {"acc": numbers(0.5, None, None, None)}) for name in tasks]
+    lines = module.markdown(report | {"results": results}).splitlines()
+    start = lines.index("## average of table 2, mean over its tasks of what each lists first")
+    assert lines[start + 2 : start + 8] == [
+        "4 tasks: hellaswag, storycloze, winograd, winogrande.",
+        "",
+        "| shots | tiny | gpt2 | GPT-3 1.3B (published) | DeBERTa 1.5B (published) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| 0 | 15.0 | 50.0 | 65.5 | 70.2 |",
+        "| few |  |  | 64.8 | 75.4 |",
+    ]
+    assert not any("average of table" in line for line in module.markdown(report).splitlines())
+
+
+def test_the_gpt2_papers_scores_say_what_is_inferred(report: dict[str, Any]) -> None:
+    known = [result("gpt2", "gpt2_wsc_partial", 0, {"acc": numbers(0.5, None, None, 0.5)})]
+    assert "it stands under partial." in module.markdown(report | {"results": known})
+    assert "it stands under partial." not in module.markdown(report)
 
 
 def test_the_terminal_has_the_same_numbers(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 JSON Lines: a header of settings, then a record for what was finished together. A record is one line, so it is there as
 a whole or not at all: a run that was killed leaves at most its last line torn, which is cut off and done again.
+What stands before other lines and cannot be read is no such line: it is refused, so that nothing after it is lost.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +32,7 @@ class Ledger:
         records: those of earlier runs, and what was added.
 
     Raises:
-        RequestError: it was begun with other settings, is in use, or is no ledger.
+        RequestError: it was begun with other settings, is in use, is no ledger, or is damaged within.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ class Ledger:
             raise
 
     def add(self, records: Sequence[Record]) -> None:
-        """Keeps what was finished: it is with the operating system when this returns."""
+        """Keeps what was finished: it is on disk when this returns."""
         self._write(records)
         self.take(records)
 
@@ -57,26 +59,34 @@ class Ledger:
     def _read(self, settings: dict[str, Any]) -> None:
         self._stream.seek(0)
         kept = 0
-        for line in self._stream:
+        begun: dict[str, Any] = {}
+        for number, line in enumerate(self._stream, 1):
             record = _parsed(line)
             if record is None:
                 # Of a first line only a torn header is ours to cut off.
                 if not kept and (line.endswith(b"\n") or not line.startswith(b'{"settings":')):
                     raise self._foreign()
+                if any(map(_parsed, self._stream)):
+                    raise RequestError(
+                        f"{self.path}, line {number} is damaged, and finished work comes after it: delete that line, "
+                        "and what it held is computed again"
+                    )
                 break  # a machine that lost power may leave anything; what came before it stands
             if kept:
+                self._check(begun, settings)
                 self.take([record])
             else:
-                self._check(record, settings)
+                if not isinstance(record.get("settings"), dict):
+                    raise self._foreign()
+                begun = record["settings"]
             kept += len(line)
+        if begun != settings:  # with nothing finished there is nothing to mix
+            kept = 0
         self._stream.truncate(kept)
         if not kept:
             self._write([{"settings": settings}])
 
-    def _check(self, header: Record, settings: dict[str, Any]) -> None:
-        begun = header.get("settings")
-        if not isinstance(begun, dict):
-            raise self._foreign()
+    def _check(self, begun: dict[str, Any], settings: dict[str, Any]) -> None:
         changed = [
             f"{name} was {begun.get(name)!r} and is now {settings.get(name)!r}"
             for name in dict.fromkeys([*begun, *settings])
@@ -95,6 +105,7 @@ class Ledger:
         # Not writers.encode, which refuses infinities: a model may answer with one.
         self._stream.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
         self._stream.flush()
+        os.fsync(self._stream.fileno())
 
     def __enter__(self: Own) -> Own:
         return self
@@ -102,6 +113,10 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the file."""
         self._stream.close()
 
 
