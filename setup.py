@@ -317,7 +317,7 @@ setuptools.setup(
     packages=[*PACKAGES, "mlmfast.kernels", *(f"mlmfast.kernels.{name}" for name in KERNELS)],
     package_dir={"mlmfast": "mlmfast", "mlmfast.kernels": "kernels"},
     package_data={
-        "mlmfast": ["py.typed", "tiny/*", "icl/*.json", "icl/tasks/**/*.yaml", "icl/tasks/**/README.md"],
+        "mlmfast": ["py.typed", "report.html", "tiny/*", "icl/*.json", "icl/tasks/**/*.yaml", "icl/tasks/**/README.md"],
         "mlmfast.kernels": ["configs/*.json"],
     },
     include_package_data=False,

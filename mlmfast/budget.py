@@ -69,7 +69,8 @@ def free_memory(device: torch.device) -> int:
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an allocator gave up: torch has a class for it on accelerators, and only messages on the CPU."""
-    messages = ("can't allocate memory", "not enough memory")  # Linux and macOS; Windows
+    # Linux and macOS; Windows; oneDNN, which has no memory for the code that it makes for a product.
+    messages = ("can't allocate memory", "not enough memory", "could not create a primitive")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         message in str(error) for message in messages
     )

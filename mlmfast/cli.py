@@ -1,4 +1,4 @@
-"""The command line: ``mlmfast score | rank | generate | eval | needle | esm | doctor | bench``.
+"""The command line: ``mlmfast score | compare | rank | generate | eval | needle | esm | doctor | bench``.
 
 Exit status: 0 all rows scored, 1 some rows have ``error``, 2 the request itself is wrong, 70 a defect of mlmfast, 130
 interrupted, 141 the reader of a pipe has gone. Only commands import torch, so that ``--help`` is quick.
@@ -10,7 +10,6 @@ import json
 import sys
 import traceback
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,15 +22,23 @@ from mlmfast.commands import (
     BatchTokens,
     Device,
     DType,
+    EngineName,
+    Html,
+    HtmlRows,
     Objective,
+    OutputFormat,
     Quiet,
+    RandomHead,
     Revision,
     Semantics,
     ShardRows,
+    Workers,
     check_output,
+    manner_of,
     own_code,
-    write,
+    run,
 )
+from mlmfast.compare_command import compare
 from mlmfast.errors import RequestError
 from mlmfast.esm_commands import app as esm_app
 from mlmfast.icl.commands import evaluate
@@ -52,6 +59,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(esm_app, name="esm")
+app.command()(compare)
 app.command()(needle)
 app.command("eval")(evaluate)
 
@@ -60,9 +68,6 @@ METRIC_HELP = (
     "global_l2r, unmasked, or strided (approximate: not the exact PLL)."
 )
 Model = Annotated[str, typer.Option(help='"tiny" (bundled), a Hugging Face Hub name, or a local folder.')]
-RandomHead = Annotated[
-    bool, typer.Option("--allow-random-head", help="Score although the checkpoint has no trained prediction head.")
-]
 Metric = Annotated[str, typer.Option(help=METRIC_HELP)]
 Window = Annotated[int, typer.Option(help="Positions masked at once by metric window.")]
 Stride = Annotated[int, typer.Option(help="Masked copies a text of the approximate metric strided.")]
@@ -96,7 +101,12 @@ def score(
         str,
         typer.Option("--output", "-o", help="A file, a folder (existing, or ending in /), or - for standard output."),
     ] = "-",
-    shard_rows: ShardRows = 100_000,
+    output_format: OutputFormat = None,
+    shard_rows: ShardRows = 10_000,
+    workers: Workers = 1,
+    engine: EngineName = "local",
+    html: Html = None,
+    html_rows: HtmlRows = 2_000,
     batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -109,15 +119,23 @@ def score(
 ) -> None:
     """Score every row of a file: text (a line each), JSON Lines, CSV or Parquet; text formats also as .gz, .bz2, .xz.
 
-    Writes JSON Lines, one object an input row, in order: text, pll (natural logarithm), tokens, logprobs, perplexity;
-    or text and error for a row that cannot be scored. An output file appears when it is whole. If a run is
-    interrupted, the same command continues where it stopped; an output folder is filled shard by shard.
+        mlmfast score 'corpus/*.jsonl.gz' --output scores/ --workers 4
+
+    A folder or a pattern stands for many files. Writes JSON Lines, one object an input row, in order: text, pll (in
+    nats), tokens, logprobs, perplexity; or text and error for a row that cannot be scored. An output file appears
+    when it is whole. If a run is interrupted, the same command continues where it stopped; an output folder is filled
+    shard by shard.
 
     Exit status: 0 all rows scored, 1 some have an error, 2 the request is wrong.
     """
     with reporting():
-        from mlmfast.corpus import open_sink, score_window
-        from mlmfast.readers import format_of, read_rows
+        from mlmfast.corpus import Job, open_sink
+        from mlmfast.html import Excerpt, Heading, check_page, write_page
+        from mlmfast.identity import versions
+        from mlmfast.outputs import read_records
+        from mlmfast.readers import format_of
+        from mlmfast.sources import inputs_of
+        from mlmfast.writers import StreamSink
 
         check_metric(metric, window, stride)
         options: dict[str, Any] = {"metric": metric, "window": window, "stride": stride, "temperature": temperature}
@@ -125,19 +143,31 @@ def score(
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
         loading["objective"] = objective
+        files = inputs_of(source, format)
         request = {"mlmfast": mlmfast.__version__, "input": source if source == "-" else str(Path(source).resolve())}
-        request |= {"format": format_of(source, format), "field": field, "model": model} | options | loading
-        check_output(output, source)
+        request |= {"format": format_of(files[0], format), "field": field, "model": model} | options | loading
+        check_output(output, files)
+        if html is not None:
+            check_page(html, html_rows, source, output)
         if source == "-" and sys.stdin.isatty():
             say("reading standard input, a text a line; Ctrl-D ends it")
-        # What may be wrong with the files is found before the model is loaded.
-        sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
-        rows = read_rows(source, format=format, field=field)
-        lm = mlmfast.load(model, **loading)
-        records_of = partial(score_window, lm, options)
+        job = Job(model, loading, options, ahead=source != "-")
+        sink = open_sink(output, request, shard_rows, sys.stdout.buffer, output_format)
         approximate = " (approximate)" if metric == "strided" else ""
-        manner = f"scored in {{seconds:.1f}} s; model {model}{own_code(lm)}, metric {metric}{approximate}"
-        tally = write(records_of, rows, sink, output, quiet, manner)
+        manner = f"scored in {{seconds:.1f}} s; model {model}{{own}}, metric {metric}{approximate}"
+        excerpt = Excerpt(html_rows)
+        passing = excerpt.take if html is not None and isinstance(sink, StreamSink) else None
+        tally, own = run(job, files, format, field, sink, output, quiet, manner, workers, engine, passing)
+        if html is not None:
+            if not isinstance(sink, StreamSink):
+                excerpt.take(read_records(output))  # rows that an earlier run has scored did not pass by here
+            name = "standard input" if source == "-" else Path(source).name
+            facts = {"Model": model + own, "Metric": manner_of(options), "Tokens": f"{tally.tokens:,}"}
+            told = request | {"input": source}  # no folders of this machine on a page that is passed on
+            heading = Heading("score", f"Scores of {name}", facts | versions(), told, tally.rows, tally.errors)
+            said = write_page(html, excerpt, heading)
+            if not quiet:
+                say(said)
     raise typer.Exit(1 if tally.errors else 0)
 
 
@@ -149,6 +179,8 @@ def rank(
         str | None, typer.Option(help='JSON Lines of {"prompt": ..., "options": [...]}; - is stdin.')
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines also on a terminal.")] = False,
+    html: Html = None,
+    html_rows: HtmlRows = 2_000,
     model: Model = "tiny",
     metric: Metric = "window",
     window: Window = 3,
@@ -179,9 +211,10 @@ def rank(
     Prints a table on a terminal, else JSON Lines: prompt, options, values, probabilities (their softmax), best, order;
     or prompt, options and error. Exit status as for score.
     """
-    failed = False
     with reporting():
         from mlmfast import ranking
+        from mlmfast.html import Excerpt, Heading, check_page, write_page
+        from mlmfast.identity import versions
 
         if (file is None) == (prompt is None):
             raise RequestError("give a prompt and options, or --file, and not both")
@@ -197,19 +230,33 @@ def rank(
         questions: Iterable[ranking.Question] | None = ranking.read_questions(file) if file else None
         if prompt is not None and not options:
             raise RequestError("give the options to rank after the prompt")
+        if html is not None:
+            check_page(html, html_rows, file or "-")
         lm = mlmfast.load(model, **loading)
         if questions is None:
             questions = [ranking.Question(prompt, options)]
+        number = errors = 0
+        excerpt = Excerpt(html_rows)
         for number, question in enumerate(questions, 1):
             outcome = ranking.answer(lm, question, settings)
             if isinstance(outcome, str) and not file:
                 raise RequestError(outcome)
-            failed = failed or isinstance(outcome, str)
+            errors += isinstance(outcome, str)
+            record = ranking.record_of(question, outcome, number)
+            if html is not None:
+                excerpt.take([record | ranking.scores_of(outcome)])
             if as_json or file or not sys.stdout.isatty():
-                _write_line(ranking.record_of(question, outcome, number))
+                _write_line(record)
             elif not isinstance(outcome, str):
                 _print_ranking(outcome, metric)
-    raise typer.Exit(1 if failed else 0)
+        if html is not None:
+            facts = {"Model": model + own_code(lm.generic), "Metric": manner_of(settings), "Normalize": normalize}
+            facts["Cache"] = cache if cache == "none" else f"{cache} (approximate)"
+            name = "standard input" if file == "-" else Path(file).name if file else "options"
+            request = {"input": file or "arguments", "model": model} | settings | loading
+            heading = Heading("rank", f"Ranking of {name}", facts | versions(), request, number, errors)
+            say(write_page(html, excerpt, heading))
+    raise typer.Exit(1 if errors else 0)
 
 
 @app.command()
@@ -219,7 +266,10 @@ def generate(
     format: Annotated[str, typer.Option(help="auto (by the suffix), text, jsonl, csv, tsv or parquet.")] = "auto",
     field: Annotated[str, typer.Option(help="The column or key that holds the prompt; not for text files.")] = "text",
     output: Annotated[str, typer.Option("--output", "-o", help="As for score; only with --file.")] = "-",
-    shard_rows: ShardRows = 100_000,
+    output_format: OutputFormat = None,
+    shard_rows: ShardRows = 1_000,
+    workers: Workers = 1,
+    engine: EngineName = "local",
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines also on a terminal.")] = False,
     model: Model = "tiny",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens that are generated.")] = 32,
@@ -263,8 +313,9 @@ def generate(
     """
     failed = False
     with reporting():
-        from mlmfast.corpus import GENERATED_ROWS, continuation_of, generate_window, open_sink
-        from mlmfast.readers import Row, format_of, read_rows
+        from mlmfast.corpus import Job, continuation_of, open_sink
+        from mlmfast.readers import Row, format_of
+        from mlmfast.sources import inputs_of
 
         if (file is None) == (prompt is None):
             raise RequestError("give a prompt or --file, and not both")
@@ -281,16 +332,16 @@ def generate(
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
         loading["objective"] = objective
         if file is not None:
-            request = {"mlmfast": mlmfast.__version__, "command": "generate", "format": format_of(file, format)}
+            files = inputs_of(file, format)
+            request = {"mlmfast": mlmfast.__version__, "command": "generate", "format": format_of(files[0], format)}
             request |= {"input": file if file == "-" else str(Path(file).resolve()), "field": field, "model": model}
-            check_output(output, file)
-            sink = open_sink(output, request | options | loading, shard_rows, sys.stdout.buffer)
-            rows = read_rows(file, format=format, field=field)
-            lm = mlmfast.load(model, **loading)
-            records_of = partial(generate_window, lm, options)
+            check_output(output, files)
+            sink = open_sink(output, request | options | loading, shard_rows, sys.stdout.buffer, output_format)
             approximate = " (approximate)" if cache != "none" else ""
-            manner = f"generated in {{seconds:.1f}} s; model {model}{own_code(lm)}, cache {cache}{approximate}"
-            failed = bool(write(records_of, rows, sink, output, quiet, manner, GENERATED_ROWS).errors)
+            manner = f"generated in {{seconds:.1f}} s; model {model}{{own}}, cache {cache}{approximate}"
+            job = Job(model, loading, options, generates=True)
+            tally, _ = run(job, files, format, field, sink, output, quiet, manner, workers, engine)
+            failed = bool(tally.errors)
         elif prompt is not None:
             lm = mlmfast.load(model, **loading)
             if as_json or not sys.stdout.isatty():
@@ -302,7 +353,7 @@ def generate(
                 if cache != "none":
                     say(f"approximate: cache {cache}")
                 if lm.generic:
-                    say(f"model {model}{own_code(lm)}")
+                    say(f"model {model}{own_code(lm.generic)}")
                 typer.echo(prompt, nl=False)
                 _print_text(lm, prompt, options)
     raise typer.Exit(1 if failed else 0)

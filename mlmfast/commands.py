@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +18,15 @@ import typer
 
 from mlmfast.errors import RequestError
 from mlmfast.reporting import say
+from mlmfast.shards import MANIFEST
+from mlmfast.writers import Tally
 
 if TYPE_CHECKING:
-    from mlmfast.model import MaskedLM
+    from mlmfast.corpus import Job
     from mlmfast.readers import Row
-    from mlmfast.writers import Record, Sink, Tally
+    from mlmfast.shards import ShardFolder
+    from mlmfast.workers import Computing
+    from mlmfast.writers import Record, Sink
 
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a Hub model.")]
 DType = Annotated[str, typer.Option(help="auto (float32), float32, bfloat16, float16 or float64.")]
@@ -32,16 +39,35 @@ Semantics = Annotated[
 Objective = Annotated[
     str, typer.Option(help="mlm (a masked token is predicted at its place) or mntp (at the one before: GPT-BERT).")
 ]
+RandomHead = Annotated[
+    bool,
+    typer.Option("--allow-random-head", help="Use a checkpoint without a trained prediction head: it answers noise."),
+]
 # Of prompts' lines: mlmfast.icl.checkpoints.separator_of.
 Separator = Annotated[
     str,
     typer.Option(
-        help="The line break of prompts: newline, literal (a backslash, an n and a space, as in the paper), space, any "
-        r"other text (\n in it is a line break), or auto: newline where the tokenizer keeps it, else literal; for tiny "
+        help="The line break of prompts: newline, literal (a backslash, an n and a space, as in the paper), any other "
+        r"text (\n in it is a line break), or auto: newline where the tokenizer keeps it, else literal; for tiny "
         "newline."
     ),
 ]
-ShardRows = Annotated[int, typer.Option(help="Rows in each file of an output folder.")]
+Html = Annotated[
+    str | None,
+    typer.Option(
+        "--html", help="Write a page too, tokens coloured by surprisal: one .html file that needs no network."
+    ),
+]
+HtmlRows = Annotated[int, typer.Option(help="The page shows the first so many rows.")]
+ShardRows = Annotated[int, typer.Option(help="Most rows in each file of an output folder.")]
+OutputFormat = Annotated[str | None, typer.Option(help="Of the files in an output folder: jsonl or parquet.")]
+Workers = Annotated[
+    int,
+    typer.Option(min=1, help="Processes, each with a model of its own; for an output folder. Cores are shared out."),
+]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="local (this machine), or ray (Ray Data: a laptop or a cluster).")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 
 
@@ -55,53 +81,161 @@ def check_folder(output: Path) -> None:
         raise RequestError(f"--output {output} is a file; give a folder")
 
 
-def check_output(output: str, source: str) -> None:
-    """Refuses to write over what is read."""
-    if output != "-" and source != "-" and Path(output).resolve() == Path(source).resolve():
-        raise RequestError(f"--output {output} is the input")
+def check_output(output: str, sources: Sequence[str]) -> None:
+    """Refuses to write over what is read, and into a folder of which all that it holds is read."""
+    target = Path(output).resolve()
+    for source in sources:
+        if output != "-" and source != "-" and target == Path(source).resolve():
+            raise RequestError(f"--output {output} is the input")
+        if source != "-" and (target / MANIFEST).exists() and target in Path(source).resolve().parents:
+            raise RequestError(f"--output {output} holds the input {source}: give another folder")
 
 
-def write(
-    records_of: Callable[[Sequence[Row]], list[Record]],
-    rows: Any,
-    sink: Sink,
+def run(
+    job: Job,
+    files: Sequence[str],
+    format: str,
+    field: str,
+    sink: Sink | ShardFolder,
     output: str,
     quiet: bool,
     manner: str,
+    workers: int,
+    engine: str,
+    passing: Callable[[list[Record]], None] | None = None,
+) -> tuple[Tally, str]:
+    """Does a job with every row of some files, here or in several processes.
+
+    Returns:
+        What :func:`write` returns.
+
+    Raises:
+        RequestError: more than one process, but no folder to write to; an unknown engine.
+    """
+    from mlmfast import workers as engines
+    from mlmfast.readers import Meter, read_rows
+    from mlmfast.shards import ShardFolder
+
+    several = len(files) > 1
+    meter = Meter(files)
+    if engine not in ("local", "ray"):
+        raise RequestError(f"--engine {engine} is not known; choose local or ray")
+    if workers == 1 and engine == "local":
+        means: Any = partial(engines.in_this_process, sink, job.ready, job.columns, job.most)
+    elif not isinstance(sink, ShardFolder):
+        raise RequestError("several processes write into a folder: end --output in /")
+    elif engine == "ray":
+        from mlmfast.ray_engine import in_ray
+
+        if files == ["-"]:
+            raise RequestError("--engine ray reads files, not standard input")
+        means = partial(in_ray, sink, job, workers, files, format, field)
+    else:
+        means = partial(engines.in_processes, sink, job, workers)
+    # What may be wrong with the first file is found before the model is loaded.
+    rows = [read_rows(file, format=format, field=field, meter=meter, several=several) for file in files[:1]]
+    later = (read_rows(file, format=format, field=field, meter=meter, several=several) for file in files[1:])
+    inputs = zip(files, chain(rows, later))
+    return write(
+        inputs,
+        sink,
+        output,
+        quiet,
+        manner,
+        means,
+        most=job.most,
+        several=several,
+        expected=meter.total,
+        passing=passing,
+    )
+
+
+def write(
+    inputs: Iterable[tuple[str, Iterable[Row]]],
+    sink: Sink | ShardFolder,
+    output: str,
+    quiet: bool,
+    manner: str,
+    engine: Callable[..., AbstractContextManager[Computing]],
+    *,
     most: int | None = None,
-) -> Tally:
-    """Runs with a bar, says what an unfinished run has left, and ends with one line of summary."""
+    several: bool = False,
+    expected: Callable[[], int | None] = lambda: None,
+    passing: Callable[[list[Record]], None] | None = None,
+) -> tuple[Tally, str]:
+    """Runs with a bar, says what an unfinished run has left, and ends with one line of summary.
+
+    Args:
+        inputs: name and rows of each.
+        sink: where records go.
+        output: its name.
+        quiet: no bar and no summary.
+        manner: the end of the summary; ``{seconds}`` and ``{own}``, which is :func:`own_code`'s, are filled in.
+        engine: of :mod:`mlmfast.workers`, all but what to tell of progress; loads the model.
+        most: rows of a window.
+        several: there may be several inputs.
+        expected: how many rows there will be, as far as can be said.
+        passing: is given the records that go to standard output.
+
+    Returns:
+        The counts, and :func:`own_code`'s remark on the model.
+    """
     from tqdm import tqdm
 
-    from mlmfast.corpus import write_rows
+    from mlmfast.corpus import write_rows, write_shards
+    from mlmfast.shards import ShardFolder, shards_of
 
     started = time.perf_counter()
+    tally = Tally()
     # disable=None: a bar on a terminal only
     with tqdm(unit=" rows", file=sys.stderr, disable=True if quiet else None, leave=False) as bar:
 
-        def show(tally: Tally) -> None:
-            bar.update(tally.rows - bar.n)
+        def advance(one: Tally) -> None:
+            tally.add(one)
+            bar.total = expected()
+            if one.kept and not bar.disable:  # takes no time, so the rate must not count it
+                bar.initial += one.rows
+                bar.n += one.rows
+                bar.refresh()
+            else:
+                bar.update(one.rows)
             bar.set_postfix(errors=tally.errors, refresh=False)
 
         try:
-            tally = write_rows(rows, sink, records_of, show, most)
+            if isinstance(sink, ShardFolder) and sink.damaged and not quiet:
+                say(f"{len(sink.damaged)} shards are lost or cut off and made again: {', '.join(sink.damaged[:5])}")
+            with engine(advance=advance) as computing:
+                if isinstance(sink, ShardFolder):
+                    cut = shards_of([] if computing.reads else inputs, sink.shard_rows, several=several)
+                    write_shards(cut, sink, computing.shards, advance)
+                else:
+                    rows = chain.from_iterable(rows for _, rows in inputs)
+                    write_rows(rows, sink, computing.windows, advance, most, passing)
+            sink.close()
         except BaseException as error:
             left = sink.close()
             bar.close()
-            added = sink.tally.rows > sink.tally.kept
-            if left is not None and (added or isinstance(error, KeyboardInterrupt)):
-                say(f"{sink.tally.rows:,} rows are kept in {left}; run the same command again to continue")
+            if left is not None and (tally.rows > tally.kept or isinstance(error, KeyboardInterrupt)):
+                say(f"{tally.rows:,} rows are kept in {left}; run the same command again to continue")
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise RequestError(f"cannot write {output}: {error.strerror or error}") from error
             raise
+    own = own_code(computing.generic)
     if not quiet:
         kept = f" ({tally.kept:,} of them by an earlier run)" if tally.kept else ""
-        said = manner.format(seconds=time.perf_counter() - started)
+        said = manner.format(seconds=time.perf_counter() - started, own=own)
         tokens = f", {tally.tokens:,} tokens" if tally.tokens else ""  # a mutant has none of its own
         say(f"{tally.rows:,} rows{kept}, {tally.errors:,} with an error{tokens} {said}")
-    return tally
+    return tally, own
 
 
-def own_code(lm: MaskedLM) -> str:
+def own_code(generic: bool) -> str:
     """What a summary says after the name of a model that its own code computes."""
-    return " (generic: its own code, not mlmfast's kernels)" if lm.generic else ""
+    return " (generic: its own code, not mlmfast's kernels)" if generic else ""
+
+
+def manner_of(options: Mapping[str, Any]) -> str:
+    """The metric of ``options``, with the number that belongs to it."""
+    metric: str = options["metric"]
+    more = {"window": ", {window} positions", "strided": ", {stride} copies a text (approximate)"}.get(metric, "")
+    return metric + more.format(**options)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mlmfast.errors import RequestError, TextError
+import mlmfast
+from mlmfast.budget import out_of_memory
+from mlmfast.errors import MLMFastError, RequestError, TextError
+from mlmfast.parquet import check_installed
 from mlmfast.readers import Row
 from mlmfast.results import Generation, Score, generic_mark
-from mlmfast.shards import FolderSink
+from mlmfast.shards import FORMATS, Compute, Shard, ShardFolder
+from mlmfast.tokenization import EncodedText
 from mlmfast.writers import FileSink, Record, Sink, StreamSink, Tally
 
 if TYPE_CHECKING:
@@ -24,23 +33,31 @@ WINDOW_COST = 1 << 22
 # Continuations take a pass a token, so what is lost by an interruption is kept small.
 GENERATED_ROWS = 64
 
+# Of a row at fault, in its error.
+UNCOMPUTED = "cannot be computed"
+
+# Shards -> their lines of the manifest, once their files are there.
+Engine = Callable[[Iterator[Shard]], Iterator[Record]]
+
 
 def write_rows(
     rows: Iterable[Row],
     sink: Sink,
-    records_of: Callable[[Sequence[Row]], list[Record]],
-    on_window: Callable[[Tally], None] = lambda tally: None,
+    compute: Compute,
+    advance: Callable[[Tally], None] = lambda tally: None,
     most: int | None = None,
+    passing: Callable[[list[Record]], None] | None = None,
 ) -> Tally:
     """Writes a record a row, in order.
 
     Args:
         rows: as :func:`mlmfast.readers.read_rows` yields them; may be longer than memory.
         sink: where the records go; rows that it keeps from an earlier run are not computed again.
-        records_of: the records of a window, :func:`score_window` or :func:`generate_window`. A row that cannot be
+        compute: windows -> each with its records: :meth:`Job.compute`, or :func:`one_by_one`. A row that cannot be
             computed is no error but a record with ``error``.
-        on_window: called with the counts so far after every window.
+        advance: told the counts of every window.
         most: rows of a window; None for :data:`WINDOW_ROWS`.
+        passing: is given the records that are written, too.
 
     Returns:
         The sink's counts.
@@ -48,29 +65,81 @@ def write_rows(
     Raises:
         RequestError: the options are wrong.
     """
-    for window in windows(rows, sink.shard_rows, most):
-        if not sink.keeps(window):
-            sink.write(window, records_of(window))
-        on_window(sink.tally)
+
+    def missing() -> Iterator[list[Row]]:
+        for window in windows(rows, most):
+            found = sink.keeps(window)
+            if found is None:
+                yield window
+            else:
+                advance(Tally.of(found, kept=True))
+
+    for window, found in compute(missing()):
+        sink.write(window, found)
+        advance(Tally.of(found))
+        if passing is not None:
+            passing(found)
     sink.finish()
     return sink.tally
 
 
-def open_sink(output: str, request: dict[str, Any], shard_rows: int, stdout: BinaryIO) -> Sink:
+def write_shards(
+    shards: Iterable[Shard], folder: ShardFolder, engine: Engine, advance: Callable[[Tally], None] = lambda tally: None
+) -> Tally:
+    """Writes the shards that an earlier run has not written, and the manifest.
+
+    Args:
+        shards: of :func:`mlmfast.shards.shards_of`.
+        folder: where they go.
+        engine: computes them, here or in other processes, and yields each one's line of the manifest, in any order.
+        advance: told the counts of the shards that an earlier run has written; of the others the engine tells.
+
+    Returns:
+        The folder's counts.
+
+    Raises:
+        RequestError: the options are wrong, or the input is not the one that the folder was begun with.
+    """
+
+    def missing() -> Iterator[Shard]:
+        for shard in shards:
+            entry = folder.kept(shard)
+            if entry is None:
+                yield shard
+            else:
+                advance(Tally.of_entry(entry, kept=True))
+
+    for entry in engine(missing()):
+        folder.add(entry)
+    folder.finish()
+    return folder.tally
+
+
+def open_sink(
+    output: str, request: dict[str, Any], shard_rows: int, stdout: BinaryIO, format: str | None = None
+) -> Sink | ShardFolder:
     """Where an ``--output`` goes: ``-``, a file, or a folder (an existing one, or a name that ends in ``/``).
 
     Args:
         request: all that decides what the records are; only a run of an equal request is continued.
+        shard_rows: of a folder.
         stdout: where ``-`` goes.
+        format: of a folder's files: ``jsonl`` or ``parquet``; None for JSON Lines.
 
     Raises:
-        RequestError: it cannot be written there. Nothing has been created then.
+        RequestError: it cannot be written there. No record has been written then.
     """
+    if format not in (None, *FORMATS):
+        raise RequestError(f"--output-format {format} is not known; choose {' or '.join(FORMATS)}")
+    if output != "-" and (output.endswith(("/", os.sep)) or Path(output).is_dir()):
+        if format == "parquet":
+            check_installed()
+        return ShardFolder(Path(output), request, shard_rows, format or "jsonl")
+    if format == "parquet" or output.endswith(".parquet"):
+        raise RequestError("Parquet is written into folders: end --output in / and add --output-format parquet")
     if output == "-":
         return StreamSink(stdout)
     path = Path(output)
-    if output.endswith(("/", os.sep)) or path.is_dir():
-        return FolderSink(path, request, shard_rows)
     if not path.resolve().parent.is_dir():
         raise RequestError(f"cannot write {output}: there is no folder {path.parent}")
     if path.exists() and not path.is_file():  # a device or a named pipe: nothing to rename onto
@@ -78,11 +147,10 @@ def open_sink(output: str, request: dict[str, Any], shard_rows: int, stdout: Bin
     return FileSink(path.resolve(), request)
 
 
-def windows(rows: Iterable[Row], shard_rows: int | None = None, most: int | None = None) -> Iterator[list[Row]]:
+def windows(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:
     """Cuts rows into windows, by the rows alone, so that a run that continues another cuts them as that one did.
 
     Args:
-        shard_rows: a window ends at every multiple of this, None for nowhere.
         most: rows of a window; None for :data:`WINDOW_ROWS`.
     """
     most = WINDOW_ROWS if most is None else most
@@ -91,17 +159,152 @@ def windows(rows: Iterable[Row], shard_rows: int | None = None, most: int | None
     for row in rows:
         window.append(row)
         cost += (len(row.text or "") // 3 + 2) ** 2
-        at_bound = shard_rows is not None and (row.index + 1) % shard_rows == 0
-        if at_bound or len(window) == most or cost >= WINDOW_COST:
+        if len(window) == most or cost >= WINDOW_COST:
             yield window
             window, cost = [], 0
     if window:
         yield window
 
 
-def score_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[Row]) -> list[Record]:
-    """The records of some rows, scored in one call; ``options`` of :meth:`MaskedLM.score`."""
-    return records(window, lambda texts: lm.score(texts, on_error="return", progress=False, **options), record_of)
+@dataclass(frozen=True)
+class Job:
+    """What is done with every row, so that another process can do it, too.
+
+    Attributes:
+        model: a name or a folder.
+        loading: arguments of :func:`mlmfast.load`.
+        options: of :meth:`MaskedLM.score`, or of :meth:`MaskedLM.generate`, ``seed`` among them.
+        generates: which of the two.
+        ahead: rows may be read before those that were read are written; not where somebody types them.
+    """
+
+    model: str
+    loading: Mapping[str, Any]
+    options: Mapping[str, Any]
+    generates: bool = False
+    ahead: bool = True
+
+    @property
+    def most(self) -> int:
+        """Rows of a window."""
+        return GENERATED_ROWS if self.generates else WINDOW_ROWS
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Of Parquet."""
+        common = {"tokens": "list<string>", "logprobs": "list<float>"}
+        if self.generates:
+            columns = {"text": "string", "continuation": "string", **common, "stopped": "string", "cache": "string"}
+        else:
+            columns = {"text": "string", "pll": "double", **common, "perplexity": "double"}
+            columns |= {"ranks": "list<int64>"} if self.options.get("ranks") else {}
+        return columns | {"generic": "bool", "error": "string"}
+
+    def load(self) -> MaskedLM:
+        return mlmfast.load(self.model, **self.loading)
+
+    def ready(self) -> tuple[MaskedLM, Compute]:
+        """The model, and what computes windows with it."""
+        lm = self.load()
+        return lm, self.compute(lm)
+
+    def compute(self, lm: MaskedLM) -> Compute:
+        """Windows -> each with its records; texts are tokenised while the window before them is computed."""
+        if self.generates:
+            return one_by_one(partial(generate_window, lm, self.options))
+        return partial(scored, lm, self.options, ahead=self.ahead)
+
+
+def one_by_one(records_of: Callable[[Sequence[Row]], list[Record]]) -> Compute:
+    """Computes windows in turn; a row that fails costs no other."""
+    return lambda windows: ((window, isolated(records_of, window)) for window in windows)
+
+
+def scored(
+    lm: MaskedLM, options: Mapping[str, Any], windows: Iterable[list[Row]], ahead: bool = True
+) -> Iterator[tuple[list[Row], list[Record]]]:
+    """The same for :func:`score_window`, each window read and tokenised while the one before it is computed."""
+
+    def encode(window: list[Row]) -> list[EncodedText | TextError] | None:
+        try:
+            return lm.encode(texts_of(window), truncation=options.get("truncation"))
+        except BaseException as error:
+            if not is_rows_fault(error):
+                raise
+            return None  # whose row it is shows when they are computed one by one
+
+    def records_of(window: Sequence[Row], encoded: Any = None) -> list[Record]:
+        return score_window(lm, options, window, encoded)
+
+    with ThreadPoolExecutor(1, "tokenizer") as pool:
+        waiting: deque[tuple[list[Row], Future[Any]]] = deque()
+        for window in chain(windows, [None]):
+            if window is not None:
+                waiting.append((window, pool.submit(encode, window)))
+            if waiting and (len(waiting) > ahead or window is None):
+                first, encoded = waiting.popleft()
+                yield first, isolated(records_of, first, encoded.result())
+
+
+def isolated(records_of: Callable[..., list[Record]], window: Sequence[Row], *prepared: Any) -> list[Record]:
+    """The records of a window; if it fails, of its halves, down to the row that is at fault, which gets ``error``.
+
+    Raises:
+        MLMFastError: not one of several rows has enough memory.
+        Exception: every row of several fails for another reason, so it is no row's fault.
+    """
+    try:
+        return records_of(window, *prepared)
+    except BaseException as error:
+        if not is_rows_fault(error):
+            raise
+        failure = error.with_traceback(None)  # whose frames would hold what the halves need
+    if len(window) == 1:
+        text, kind = window[0].text, type(failure).__name__
+        reason = "there is not enough memory" if is_memory(failure) else f"{kind}: {failure}"
+        return [{"text": text, "error": f"{window[0].place} {UNCOMPUTED}: {reason}"}]
+    middle = len(window) // 2
+    found = isolated(records_of, window[:middle]) + isolated(records_of, window[middle:])
+    if not all(UNCOMPUTED in record.get("error", "") for record in found):
+        return found
+    if is_memory(failure):
+        raise MLMFastError(
+            "there is not enough memory for a single row: free some, or take a smaller model, or fewer --workers"
+        ) from failure
+    raise failure
+
+
+def is_rows_fault(error: BaseException) -> bool:
+    """Whether another row might do better: not where the request is wrong, nor after an error of the device."""
+    if isinstance(error, (MLMFastError, OSError)) or "CUDA error" in str(error):
+        return False
+    # What a tokenizer's own code panics with is no Exception.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def is_memory(error: BaseException) -> bool:
+    return isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error)
+
+
+def score_window(
+    lm: MaskedLM, options: Mapping[str, Any], window: Sequence[Row], encoded: Sequence[Any] | None = None
+) -> list[Record]:
+    """The records of some rows, scored in one call.
+
+    Args:
+        options: of :meth:`MaskedLM.score`.
+        encoded: :meth:`MaskedLM.encode` of :func:`texts_of` these rows, where that has been done.
+    """
+
+    def compute(texts: list[str]) -> Sequence[Any]:
+        return lm.score(texts if encoded is None else encoded, on_error="return", progress=False, **options)
+
+    return records(window, compute, record_of)
+
+
+def texts_of(window: Sequence[Row]) -> list[str]:
+    """Of those rows that could be read."""
+    return [row.text for row in window if row.error is None and row.text is not None]
 
 
 def generate_window(lm: MaskedLM, options: Mapping[str, Any], window: Sequence[Row]) -> list[Record]:
@@ -128,7 +331,7 @@ def records(
     record: Callable[[Row, Any], Record],
 ) -> list[Record]:
     """The records of rows that could be read, computed in one call, and of those that could not."""
-    texts = [row.text for row in window if row.error is None and row.text is not None]
+    texts = texts_of(window)
     outcomes = iter(compute(texts) if texts else [])
     return [
         {"text": row.text, "error": row.error} if row.error is not None else record(row, next(outcomes))
@@ -138,7 +341,7 @@ def records(
 
 def refused(row: Row, error: TextError) -> Record:
     """What is written of a row that cannot be computed."""
-    return {"text": row.text, "error": f"row {row.index + 1} {error.reason}"}
+    return {"text": row.text, "error": f"{row.place} {error.reason}"}
 
 
 def continuation_of(row: Row, outcome: Generation | TextError) -> Record:

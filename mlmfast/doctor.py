@@ -46,7 +46,7 @@ def examine() -> dict[str, Any]:
         | {name: _version(name) for name in PACKAGES},
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": _usable_cores(),
             "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -160,7 +160,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's own name, where the system tells."""
     information = Path("/proc/cpuinfo")
     if information.is_file():

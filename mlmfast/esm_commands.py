@@ -20,7 +20,6 @@ from mlmfast.commands import (
     Revision,
     ShardRows,
     check_output,
-    own_code,
     write,
 )
 from mlmfast.errors import RequestError, TextError
@@ -29,7 +28,7 @@ from mlmfast.reporting import reporting
 if TYPE_CHECKING:
     from mlmfast.model import MaskedLM
     from mlmfast.readers import Row
-    from mlmfast.writers import Record
+    from mlmfast.writers import Record, Tally
 
 app = typer.Typer(help="Proteins and DNA under models with a token a residue, such as ESM-2.", no_args_is_help=True)
 
@@ -62,7 +61,7 @@ def marginals(
     ),
     window: Window = None,
     output: Output = "-",
-    shard_rows: ShardRows = 100_000,
+    shard_rows: ShardRows = 10_000,
     batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -115,7 +114,7 @@ def pppl(
     source: Fasta = "-",
     window: Window = None,
     output: Output = "-",
-    shard_rows: ShardRows = 100_000,
+    shard_rows: ShardRows = 10_000,
     batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -161,7 +160,7 @@ def mutations(
     offset: Annotated[int, typer.Option(help="Number of the wild type's first residue.")] = 1,
     window: Window = None,
     output: Output = "-",
-    shard_rows: ShardRows = 100_000,
+    shard_rows: ShardRows = 10_000,
     batch_tokens: BatchTokens = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -186,7 +185,7 @@ def mutations(
         if strategy not in proteins.STRATEGIES:
             raise RequestError(f"--strategy {strategy} is not known; choose one of {', '.join(proteins.STRATEGIES)}")
         if fasta is not None:
-            check_output(output, fasta)
+            check_output(output, [fasta])
         if source == fasta == "-":
             raise RequestError("mutants and wild type cannot both be read from standard input; one needs a file")
         wild = _only_sequence(fasta) if fasta is not None else sequence or ""
@@ -196,22 +195,23 @@ def mutations(
         options: dict[str, Any] = {"strategy": strategy, "offset": offset, "window": window, "sequence": wild}
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend, "batch_tokens": batch_tokens}
         loading["revision"] = revision
-        check_output(output, source)
+        check_output(output, [source])
         request = {"mlmfast": mlmfast.__version__, "command": "esm mutations", "input": _resolved(source)}
         request |= {"format": kind, "field": field, "model": model} | options | loading
         sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
         rows = read_rows(source, format=format, field=field)
-        lm = mlmfast.load(model, **loading)
-        effects = proteins.Effects(lm, wild, strategy=strategy, offset=offset, window=window)
 
         def record(row: Row, outcome: Any) -> Record:
             if isinstance(outcome, TextError):
                 return refused(row, outcome)
             return {"text": row.text, "effect": outcome, "strategy": strategy}
 
-        records_of = partial(records, compute=partial(effects, on_error="return"), record=record)
-        manner = f"scored in {{seconds:.1f}} s; model {model}{own_code(lm)}, {strategy}"
-        tally = write(records_of, rows, sink, output, quiet, manner)
+        def prepare(lm: MaskedLM) -> Callable[[Sequence[Row]], list[Record]]:
+            effects = proteins.Effects(lm, wild, strategy=strategy, offset=offset, window=window)
+            return partial(records, compute=partial(effects, on_error="return"), record=record)
+
+        manner = f"scored in {{seconds:.1f}} s; model {model}{{own}}, {strategy}"
+        tally = _write(source, rows, sink, model, loading, output, quiet, manner, prepare)
     raise typer.Exit(1 if tally.errors else 0)
 
 
@@ -229,13 +229,35 @@ def _run_fasta(
     from mlmfast.corpus import open_sink
     from mlmfast.fasta import read_fasta
 
-    check_output(output, source)
+    check_output(output, [source])
     request = {"mlmfast": mlmfast.__version__, "input": _resolved(source), "model": model} | options | loading
     sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
     rows = _begun(read_fasta(source), source)
-    lm = mlmfast.load(model, **loading)
-    manner = f"scored in {{seconds:.1f}} s; model {model}{own_code(lm)}"
-    return bool(write(prepare(lm), rows, sink, output, quiet, manner).errors)
+    manner = f"scored in {{seconds:.1f}} s; model {model}{{own}}"
+    return bool(_write(source, rows, sink, model, loading, output, quiet, manner, prepare).errors)
+
+
+def _write(
+    source: str,
+    rows: Iterator[Row],
+    sink: Any,
+    model: str,
+    loading: dict[str, Any],
+    output: str,
+    quiet: bool,
+    manner: str,
+    prepare: Callable[[MaskedLM], Callable[[Sequence[Row]], list[Record]]],
+) -> Tally:
+    """Writes a record a row, computed in this process."""
+    from mlmfast.corpus import one_by_one
+    from mlmfast.workers import in_this_process
+
+    def ready() -> Any:
+        lm = mlmfast.load(model, **loading)
+        return lm, one_by_one(prepare(lm))
+
+    tally, _ = write([(source, rows)], sink, output, quiet, manner, partial(in_this_process, sink, ready, {}, None))
+    return tally
 
 
 def _begun(rows: Iterator[Row], source: str) -> Iterator[Row]:

@@ -55,7 +55,7 @@ def read_fasta(source: str) -> Iterator[FastaRow]:
             raise RequestError(f"cannot read {source}: {error}") from error
         # What came before is computed, and this row says what is missing.
         fault = f"and all after it cannot be read, {source} is damaged: {error}"
-        yield FastaRow(index, "".join(lines), f"row {index + 1} ({_printable(name)}) {fault}", _printable(name))
+        yield FastaRow(index, "".join(lines), f"row {index + 1} ({_printable(name)}) {fault}", name=_printable(name))
         return
     if name is not None:
         yield _row(index, name, lines, length)
@@ -72,7 +72,7 @@ def _row(index: int, name: str, lines: list[str], length: int) -> FastaRow:
     elif NOT_UTF8.search(text + name):
         fault = "is not UTF-8"
     name = _printable(name)
-    return FastaRow(index, text, None if fault is None else f"row {index + 1} ({name}) {fault}", name)
+    return FastaRow(index, text, None if fault is None else f"row {index + 1} ({name}) {fault}", name=name)
 
 
 def _printable(name: str) -> str:

@@ -178,7 +178,7 @@ class MaskedLM:
         """Pseudo-log-likelihoods, token by token.
 
         Args:
-            texts: a list of texts; a single one goes in a list of one.
+            texts: a list of texts; a single one goes in a list of one. Or what :meth:`encode` has made of them.
             metric: what is masked together with the scored token, see :mod:`mlmfast.masking`. All but ``"strided"``
                 are exact.
             window: positions masked by ``"window"``.
@@ -221,6 +221,18 @@ class MaskedLM:
         masking = {"metric": metric, "window": window, "stride": stride}
         read = read_logprobs(temperature, ranks, entropies)
         return self._each(texts, spans, truncation, on_error, progress, masking, read, make, prefix=_prefix)
+
+    def encode(self, texts: Sequence[str], *, truncation: str | None = None) -> list[EncodedText | TextError]:
+        """Texts as :meth:`score` reads them: for callers who tokenise the next ones while these are computed.
+
+        Args:
+            texts, truncation: as in :meth:`score`.
+
+        Returns:
+            For each text its encoding, which stands for the text in :meth:`score` of the same model, or the error that
+            keeps it from being scored.
+        """
+        return self._encoder(self.spec()).encode(listed(texts, "texts"), None, truncation)
 
     def score_continuations(self, pairs: Sequence[tuple[str, str]], **options: Any) -> list[Score]:
         """Scores only the continuations, each in the context of its prefix.
@@ -632,7 +644,10 @@ class MaskedLM:
         check_on_error(on_error)
         spec = self.spec()
         encoder = self._encoder(spec)
-        encoded = encoder.encode(texts, spans, truncation, scores_masks=scores_masks)
+        if texts and all(isinstance(text, (EncodedText, TextError)) for text in texts):
+            encoded = texts
+        else:
+            encoded = encoder.encode(texts, spans, truncation, scores_masks=scores_masks)
         results: list[Any] = list(encoded)
         good: list[int] = []
         for i, one in enumerate(encoded):

@@ -13,13 +13,14 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -57,11 +58,18 @@ class Row:
         text: its text exactly as it stands; None where it could not be read.
         error: why it cannot be scored; None if nothing speaks against it yet. A row's number in a message counts
             from 1, as editors number lines.
+        input: the file that it is from, where there are several.
     """
 
     index: int
     text: str | None
     error: str | None = None
+    input: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a message."""
+        return f"row {self.index + 1}" + (f" of {self.input}" if self.input else "")
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,43 @@ class _RowTooLong(Exception):
     """The record that is being read has passed MAX_ROW_CHARACTERS."""
 
 
-def read_rows(source: str, *, format: str = "auto", field: str = "text") -> Iterator[Row]:
+class Meter:
+    """How far some files have been read, and so how many rows there may be.
+
+    Args:
+        sources: the files; their sizes are those of the compressed ones.
+
+    Attributes:
+        rows: so many were read.
+    """
+
+    def __init__(self, sources: Iterable[str]) -> None:
+        self.rows = 0
+        self._sizes = {source: Path(source).stat().st_size for source in sources if Path(source).is_file()}
+        self._done = 0
+        self._reading: tuple[str, Callable[[], float]] | None = None
+
+    def begin(self, source: str, share: Callable[[], float]) -> None:
+        """A file is read now, of which ``share`` tells how much has been, from 0 to 1."""
+        self.end()
+        self._reading = (source, share)
+
+    def end(self) -> None:
+        if self._reading is not None:
+            self._done += self._sizes.get(self._reading[0], 0)
+        self._reading = None
+
+    def total(self) -> int | None:
+        """How many rows there would be if all were as long as those seen; None before anything can be said."""
+        read: float = self._done
+        if self._reading is not None:
+            read += self._reading[1]() * self._sizes.get(self._reading[0], 0)
+        return round(self.rows * sum(self._sizes.values()) / read) if read and self.rows else None
+
+
+def read_rows(
+    source: str, *, format: str = "auto", field: str = "text", meter: Meter | None = None, several: bool = False
+) -> Iterator[Row]:
     """The rows of a file or of standard input.
 
     Args:
@@ -84,6 +128,8 @@ def read_rows(source: str, *, format: str = "auto", field: str = "text") -> Iter
         format: one of :data:`FORMATS`; ``"auto"`` goes by the suffix (``.gz``, ``.bz2``, ``.xz`` after it are
             decompressed) and takes standard input and unknown suffixes for text, a line each.
         field: the column (CSV, Parquet) or key (JSON Lines) that holds the text.
+        meter: is told what is read.
+        several: rows and errors name the file.
 
     Blank lines of JSON Lines and CSV are no rows; a blank line of a text is an empty row. A compressed file that turns
     out damaged ends with a row that says so.
@@ -98,7 +144,7 @@ def read_rows(source: str, *, format: str = "auto", field: str = "text") -> Iter
             f"{name} is read as text, a line each, and has no field {field!r}: say with --format what it is, or leave "
             "--field out"
         )
-    rows = _rows(source, format, field)
+    rows = _rows(source, format, field, meter, several)
     lead = []
     for row in itertools.islice(rows, LEAD_ROWS):
         lead.append(row)
@@ -125,9 +171,10 @@ def format_of(source: str, format: str = "auto") -> str:
     return SUFFIXES.get(suffix.lower(), "text")
 
 
-def _rows(source: str, format: str, field: str) -> Iterator[Row]:
+def _rows(source: str, format: str, field: str, meter: Meter | None, several: bool) -> Iterator[Row]:
     kind = format_of(source, format)
-    values = _parquet_values(source, field) if kind == "parquet" else _text_values(source, kind, field)
+    meter = meter or Meter([])
+    values = (_parquet_values if kind == "parquet" else _text_values)(source, kind, field, meter)
     for index in itertools.count():
         try:
             value = next(values, None)
@@ -142,13 +189,13 @@ def _rows(source: str, format: str, field: str) -> Iterator[Row]:
             value = Malformed(f"and all after it cannot be read, {source} is damaged: {error}")
             values = iter(())
         if value is None:
+            meter.end()
             return
+        meter.rows += 1
         if isinstance(value, str):
             value = _checked(value)
-        if isinstance(value, Malformed):
-            yield Row(index, value.text, f"row {index + 1} {value.reason}")
-        else:
-            yield Row(index, value)
+        row = Row(index, value if isinstance(value, str) else value.text, None, source if several else None)
+        yield row if isinstance(value, str) else replace(row, error=f"{row.place} {value.reason}")
 
 
 def is_damage(error: Exception) -> bool:
@@ -175,7 +222,7 @@ def _not_utf8(line: str) -> Malformed | None:
 
 
 @contextmanager
-def opened(source: str, newline: str | None) -> Iterator[TextIO]:
+def opened(source: str, newline: str | None, meter: Meter | None = None) -> Iterator[TextIO]:
     """A source as text; bytes that are not UTF-8 stand in it as lone surrogates."""
     if source == "-":
         stream = io.TextIOWrapper(sys.stdin.buffer, "utf-8-sig", "surrogateescape", newline)
@@ -184,15 +231,19 @@ def opened(source: str, newline: str | None) -> Iterator[TextIO]:
         finally:
             stream.detach()  # else closing the wrapper closes standard input
         return
-    opener = COMPRESSIONS.get(Path(source).suffix.lower(), open)
-    raw: BinaryIO = opener(source, "rb")
-    with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline) as stream:
-        yield stream
+    with open(source, "rb") as file:
+        if meter is not None:
+            size = max(os.fstat(file.fileno()).st_size, 1)
+            meter.begin(source, lambda: 1.0 if file.closed else file.tell() / size)
+        opener = COMPRESSIONS.get(Path(source).suffix.lower())
+        raw: BinaryIO = file if opener is None else opener(file, "rb")
+        with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline) as stream:
+            yield stream
 
 
-def _text_values(source: str, kind: str, field: str) -> Iterator[str | Malformed]:
+def _text_values(source: str, kind: str, field: str, meter: Meter) -> Iterator[str | Malformed]:
     # csv wants the line ends inside quotes as they are.
-    with opened(source, "" if kind in ("csv", "tsv") else None) as stream:
+    with opened(source, "" if kind in ("csv", "tsv") else None, meter) as stream:
         if kind == "text":
             yield from _line_values(stream)
         elif kind == "jsonl":
@@ -352,7 +403,7 @@ def _csv_records(stream: TextIO, delimiter: str) -> Iterator[list[str] | Malform
 # ---- Parquet
 
 
-def _parquet_values(source: str, field: str) -> Iterator[str | Malformed]:
+def _parquet_values(source: str, kind: str, field: str, meter: Meter) -> Iterator[str | Malformed]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -368,11 +419,13 @@ def _parquet_values(source: str, field: str) -> Iterator[str | Malformed]:
             raise RequestError(f"{source} is not a readable Parquet file: {error}") from error
         if schema.names.count(field) != 1:
             raise RequestError(f"{source} has no column {field!r}; {_fields(schema.names)}: choose one with --field")
-        kind = schema.field(field).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise RequestError(f"{source}: column {field!r} holds {kind}, not strings")
+        type = schema.field(field).type
+        if pa.types.is_dictionary(type):
+            type = type.value_type
+        if not (pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_string_view(type)):
+            raise RequestError(f"{source}: column {field!r} holds {type}, not strings")
+        rows, before = max(file.metadata.num_rows, 1), meter.rows
+        meter.begin(source, lambda: (meter.rows - before) / rows)
         batches = file.iter_batches(batch_size=1024, columns=[field])
         while True:
             try:
@@ -382,7 +435,7 @@ def _parquet_values(source: str, field: str) -> Iterator[str | Malformed]:
             if batch is None:
                 return
             # As bytes: one value that is not UTF-8 would fail its whole batch.
-            for value in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist():
+            for value in batch.column(0).cast(type).cast(pa.large_binary()).to_pylist():
                 yield _decoded(value, field)
 
 

@@ -1,156 +1,269 @@
-"""Scored rows -> a folder of JSON Lines files and the manifest that a later run continues from."""
+"""Rows -> a folder of files and the manifest that a later run continues from.
+
+A shard is so many consecutive rows of one input, written to one file. What is in it depends on its rows and on the
+settings in the manifest, on nothing else: neither on the shards before it nor on who computes it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlmfast.errors import RequestError
+from mlmfast.ledger import Ledger
 from mlmfast.readers import Row
-from mlmfast.writers import PartialFile, Record, Tally, replace
+from mlmfast.writers import PartialFile, Record, Tally
+
+MANIFEST = "_manifest"  # JSON Lines, but not among the files that *.jsonl finds
+FORMATS = ("jsonl", "parquet")
+# A shard ends here, too: what is held of it at once are its texts.
+SHARD_CHARACTERS = 1 << 26
+
+# Windows of rows -> each with its records, in order.
+Compute = Callable[[Iterator[list[Row]]], Iterator[tuple[list[Row], list[Record]]]]
 
 
-class FolderSink:
-    """Shards ``part-00000.jsonl`` ... of ``shard_rows`` rows and ``manifest.json``, each renamed into place when whole.
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive rows of one input.
 
-    The manifest holds the request and, for each finished shard, its file, bytes, rows, errors, tokens and a digest of
-    the texts it was made from. A later run of the same request passes over the rows of finished shards, compares their
-    digest, and goes on after them; a run of another request is refused.
+    Attributes:
+        name: of its file, without suffix.
+        input: where its rows are from.
+        rows: all of them.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any], shard_rows: int) -> None:
+    name: str
+    input: str
+    rows: Sequence[Row]
+
+    def digest(self) -> str:
+        """Of its rows' texts, and of the reasons why some have none."""
+        found = hashlib.sha256()
+        for row in self.rows:  # None told apart from "" and each row's bounds from its neighbours'
+            found.update(json.dumps([row.index, row.text, row.error]).encode() + b"\n")
+        return found.hexdigest()
+
+
+def shards_of(inputs: Iterable[tuple[str, Iterable[Row]]], size: int, *, several: bool) -> Iterator[Shard]:
+    """Cuts rows into shards, by the rows alone: so many rows, fewer where their texts are long, and none of two inputs.
+
+    Args:
+        inputs: name and rows of each.
+        size: rows of a shard.
+        several: names tell inputs apart, ``part-00001-00000``; else they count shards alone, ``part-00000``.
+    """
+    for number, (source, rows) in enumerate(inputs):
+        prefix = f"part-{number:05d}-" if several else "part-"
+        for part, chunk in enumerate(chunks(rows, size)):
+            yield Shard(f"{prefix}{part:05d}", source, chunk)
+
+
+def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows of each shard of one input."""
+    chunk: list[Row] = []
+    characters = 0
+    for row in rows:
+        chunk.append(row)
+        characters += len(row.text or "")
+        if len(chunk) == size or characters >= SHARD_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+class ShardFolder:
+    """Shards and :data:`MANIFEST`, to which a line is added for each one that is finished.
+
+    Of a finished shard the manifest holds name, input, bytes, rows, errors, tokens and a digest of its texts. A later
+    run of the same request compares the digest with the rows that it would be made of, and goes on with the others; a
+    run of another request is refused. A shard that is lost or cut off is made again.
+
+    Args:
+        folder: made if it is not there, when the first shard is begun.
+        request: all that decides what the records are, so far as it is known before a model is loaded.
+        shard_rows: most rows of a shard.
+        format: of the shards, one of :data:`FORMATS`.
+
+    Attributes:
+        tally: what has been written, by this run and by earlier ones.
+        damaged: shards that the manifest has and that are not there as they were written.
+
+    Raises:
+        RequestError: it cannot be written there, another run is at it, or it was begun by another request.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], shard_rows: int, format: str = "jsonl") -> None:
         if shard_rows < 1:
             raise RequestError(f"shards must have at least one row, not {shard_rows}")
-        self.shard_rows: int | None = shard_rows
+        if folder.exists() and not folder.is_dir():
+            raise RequestError(f"{folder} is a file, not a folder: leave out the slash at its end")
+        if not folder.resolve().parent.is_dir():
+            raise RequestError(f"cannot write {folder}: there is no folder {folder.parent}")
+        self.folder = folder
+        self.shard_rows = shard_rows
+        self.format = format
         self.tally = Tally()
-        self._size = shard_rows
-        self._folder = folder
-        self._manifest: dict[str, Any] = {
-            "request": request | {"shard_rows": shard_rows},
-            "shards": [],
-            "complete": False,
-        }
-        self._read_manifest()
-        self._next = 0  # the shard that the next row belongs to
-        self._shard = Tally()  # what that shard holds so far
-        self._digest = hashlib.sha256()
-        self._file: PartialFile | None = None
+        self._made = not folder.exists()
+        if not (folder / MANIFEST).exists() and any(folder.glob("part-*.*")):
+            raise RequestError(f"{folder} holds shards but no {MANIFEST}: give another folder")
+        self._request = request | {"shard_rows": shard_rows, "format": format}
+        self._ledger = Ledger(folder / MANIFEST, self._request)
+        self._facts: Record = next((one["model"] for one in self._ledger.records if "model" in one), {})
+        self._entries: dict[str, Record] = {}  # the last one of a name counts
+        self._entries |= {one["shard"]: one for one in self._ledger.records if "shard" in one}
+        self._seen: set[str] = set()
+        self.damaged = [name for name, entry in self._entries.items() if not self._whole(entry)]
 
-    def keeps(self, window: Sequence[Row]) -> bool:
-        if self._next < len(self._manifest["shards"]):
-            self._pass_over(window)
-            return True
-        records = self._opened().take(window)
-        if records is None:
-            return False
-        self.tally.kept += len(records)
-        self._add(window, records)
-        return True
+    def agree(self, facts: Record) -> Record:
+        """Takes what is known of the model now that it is loaded; of a run that is continued that is what counts.
 
-    def write(self, window: Sequence[Row], records: Sequence[Record]) -> None:
-        self._opened().write(records)
-        self._add(window, records)
+        Args:
+            facts: its weights' digest, the budget of its batches ...
+
+        Returns:
+            What the manifest has of them.
+
+        Raises:
+            RequestError: the folder was begun with other weights.
+        """
+        if not self._facts:
+            self._ledger.add([{"model": facts}])
+            self._facts = facts
+        elif facts["weights"] != self._facts["weights"]:
+            raise RequestError(
+                f"{self.folder} was begun with other weights, tokenizer or config under the same name "
+                f"({self._facts['weights'][:12]}..., now {facts['weights'][:12]}...): give another folder"
+            )
+        return self._facts
+
+    def kept(self, shard: Shard) -> Record | None:
+        """What the manifest has of a shard that an earlier run has written.
+
+        Raises:
+            RequestError: it has, of other rows.
+        """
+        if shard.name not in self._entries:
+            return None
+        return self.verified(shard.name, shard.digest())
+
+    def verified(self, name: str, digest: str) -> Record | None:
+        """The same for a shard of the manifest, of which only the digest is at hand."""
+        entry = self._entries[name]
+        self._seen.add(name)
+        if entry["texts_sha256"] != digest:
+            raise self._changed(entry)
+        if name in self.damaged:
+            return None
+        self.tally.add(Tally.of_entry(entry, kept=True))
+        return entry
+
+    def finished(self) -> dict[str, str]:
+        """The digests of the shards that are there."""
+        return {name: one["texts_sha256"] for name, one in self._entries.items() if name not in self.damaged}
+
+    def paths(self) -> tuple[str, str]:
+        """Of a shard's file when it is whole, and until then, ``{}`` standing for its name.
+
+        The second is another one for every request: what one has left is not taken over by another.
+        """
+        key = hashlib.sha256(json.dumps([self._request, self._facts], sort_keys=True).encode()).hexdigest()[:8]
+        target = f"{str(self.folder.resolve()).replace('{', '{{').replace('}', '}}')}/{{}}.{self.format}"
+        return target, f"{target}.{key}.partial"
+
+    def add(self, entry: Record) -> None:
+        """Keeps what :func:`written` says of a shard."""
+        self._ledger.add([entry])
+        self._entries[entry["shard"]] = entry
+        self._seen.add(entry["shard"])
+        self.tally.add(Tally.of_entry(entry))
 
     def finish(self) -> None:
-        shards = self._manifest["shards"]
-        if self._next < len(shards):
-            raise self._changed(shards[self._next])
-        if self._shard.rows:
-            self._end_shard()
-        self._manifest["complete"] = True
-        self._write_manifest()
+        """Ends a run that has seen all shards.
+
+        Raises:
+            RequestError: the manifest has shards of rows that the input no longer has.
+        """
+        for name, entry in self._entries.items():
+            if name not in self._seen:
+                raise self._changed(entry)
+        whole = {"complete": {"shards": len(self._entries), "rows": self.tally.rows, "errors": self.tally.errors}}
+        if whole not in self._ledger.records[-1:]:
+            self._ledger.add([whole])
+        for left in self.folder.glob("part-*.partial"):
+            left.unlink(missing_ok=True)  # of requests that were given up
 
     def close(self) -> Path | None:
-        if self._file is not None:
-            self._file.close()
-        return self._folder if self._manifest["shards"] or self._shard.rows else None
+        """Lets go of the folder; returns it, None (and no folder that this run has made) if nothing is in it."""
+        self._ledger.close()
+        if self._entries or any(self.folder.glob("part-*")):
+            return self.folder
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        if self._made and self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+        return None
 
-    def _path(self, shard: int) -> Path:
-        return self._folder / f"part-{shard:05d}.jsonl"
-
-    def _opened(self) -> PartialFile:
-        if self._file is None:
-            if self._next == 0:
-                self._write_manifest()
-            target = self._path(self._next)
-            self._file = PartialFile(target, target.with_name(target.name + ".partial"))
-        return self._file
-
-    def _add(self, window: Sequence[Row], records: Sequence[Record]) -> None:
-        _update(self._digest, window)
-        self._shard.add(records)
-        self.tally.add(records)
-        if self.tally.rows % self._size == 0:
-            self._end_shard()
-
-    def _end_shard(self) -> None:
-        size = self._opened().finish()
-        entry = {"file": self._path(self._next).name, "bytes": size}
-        entry |= {"rows": self._shard.rows, "errors": self._shard.errors, "tokens": self._shard.tokens}
-        self._manifest["shards"].append(entry | {"texts_sha256": self._digest.hexdigest()})
-        self._write_manifest()
-        self._start_shard()
-
-    def _start_shard(self) -> None:
-        self._next += 1
-        self._shard, self._digest, self._file = Tally(), hashlib.sha256(), None
-
-    def _pass_over(self, window: Sequence[Row]) -> None:
-        """Compares rows with those that a finished shard was made from."""
-        entry = self._manifest["shards"][self._next]
-        _update(self._digest, window)
-        self._shard.rows += len(window)
-        if self._shard.rows < entry["rows"]:
-            return
-        if self._digest.hexdigest() != entry["texts_sha256"]:
-            raise self._changed(entry)
-        for count in ("rows", "errors", "tokens"):
-            setattr(self.tally, count, getattr(self.tally, count) + entry[count])
-        self.tally.kept += entry["rows"]
-        self._start_shard()
+    def _whole(self, entry: Record) -> bool:
+        path = self.folder / entry["file"]
+        return path.is_file() and path.stat().st_size == entry["bytes"]
 
     def _changed(self, entry: Record) -> RequestError:
         return RequestError(
-            f"{self._folder / entry['file']} was made from other rows than the input now has: give another folder"
+            f"{self.folder / entry['file']} was made from other rows than {entry['input']} now has: give another folder"
         )
 
-    def _read_manifest(self) -> None:
-        path = self._folder / "manifest.json"
-        if not path.exists():
-            if self._folder.is_dir() and any(self._folder.glob("part-*.jsonl")):
-                raise RequestError(f"{self._folder} holds shards but no manifest.json: give another folder")
-            if self._folder.exists() and not self._folder.is_dir():
-                raise RequestError(f"{self._folder} is a file, not a folder: leave out the slash at its end")
-            if not self._folder.resolve().parent.is_dir():
-                raise RequestError(f"cannot write {self._folder}: there is no folder {self._folder.parent}")
-            return
-        try:
-            manifest = json.loads(path.read_bytes())
-            found, shards = manifest["request"], manifest["shards"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RequestError(f"{path} is not a manifest that can be read: give another folder") from error
-        asked = self._manifest["request"]
-        differing = [name for name in asked if found.get(name) != asked[name]]
-        if differing:
-            was = ", ".join(f"{name} {found.get(name)!r}, now {asked[name]!r}" for name in differing)
-            raise RequestError(
-                f"{self._folder} was begun by another request ({was}): repeat that one or give another folder"
-            )
-        for entry in shards:
-            shard = self._folder / entry["file"]
-            if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
-                raise RequestError(f"{shard} is missing or not what was written: give another folder")
-        self._manifest["shards"] = shards
 
-    def _write_manifest(self) -> None:
-        self._folder.mkdir(exist_ok=True)
-        replace(self._folder / "manifest.json", json.dumps(self._manifest, indent=1).encode())
+def written(
+    shard: Shard,
+    paths: tuple[str, str],
+    columns: dict[str, str],
+    compute: Compute,
+    windows: Callable[[Iterable[Row]], Iterator[list[Row]]],
+    advance: Callable[[Tally], None] = lambda tally: None,
+) -> Record:
+    """Computes a shard and writes its file, which appears when it is whole.
 
+    Args:
+        shard: its rows.
+        paths: :meth:`ShardFolder.paths`. What an interrupted run has left in the second is taken over.
+        columns: of Parquet, see :class:`mlmfast.parquet.ParquetFile`.
+        compute: windows -> each with its records.
+        windows: cuts rows into windows, by the rows alone.
+        advance: told the counts of each window.
 
-def _update(digest: Any, window: Sequence[Row]) -> None:
-    """Adds rows to a digest, None told apart from "" and each row's bounds from its neighbours'."""
-    for row in window:
-        digest.update(json.dumps(row.text).encode() + b"\n")
+    Returns:
+        The shard's line of the manifest.
+    """
+    from mlmfast.parquet import ParquetFile
+
+    target, partial = (Path(path.format(shard.name)) for path in paths)
+    file: Any = ParquetFile(target, partial, columns) if target.suffix == ".parquet" else PartialFile(target, partial)
+    whole = Tally()
+
+    def missing() -> Iterator[list[Row]]:
+        for window in windows(shard.rows):
+            records = file.take(window)
+            if records is None:
+                yield window
+            else:
+                count(Tally.of(records, kept=True))
+
+    def count(one: Tally) -> None:
+        whole.add(one)
+        advance(one)
+
+    try:
+        for _, records in compute(missing()):
+            file.write(records)
+            count(Tally.of(records))
+        size = file.finish()
+    finally:
+        file.close()
+    entry = {"shard": shard.name, "file": target.name, "input": shard.input, "first_row": shard.rows[0].index}
+    entry |= {"bytes": size, "rows": whole.rows, "errors": whole.errors, "tokens": whole.tokens}
+    return entry | {"texts_sha256": shard.digest()}

@@ -37,25 +37,36 @@ class Tally:
     tokens: int = 0
     kept: int = 0
 
-    def add(self, records: Sequence[Record]) -> None:
-        self.rows += len(records)
-        self.errors += sum("error" in record for record in records)
-        self.tokens += sum(len(record.get("tokens", ())) for record in records)
+    @classmethod
+    def of(cls, records: Sequence[Record], kept: bool = False) -> Tally:
+        """The counts of some records."""
+        errors = sum("error" in record for record in records)
+        tokens = sum(len(record.get("tokens", ())) for record in records)
+        return cls(len(records), errors, tokens, len(records) if kept else 0)
+
+    @classmethod
+    def of_entry(cls, entry: Record, kept: bool = False) -> Tally:
+        """The counts of a line of a manifest."""
+        return cls(entry["rows"], entry["errors"], entry["tokens"], entry["rows"] if kept else 0)
+
+    def add(self, other: Tally) -> None:
+        self.rows += other.rows
+        self.errors += other.errors
+        self.tokens += other.tokens
+        self.kept += other.kept
 
 
 class Sink(Protocol):
     """Where the records of a run go, a window of rows at a time.
 
     Attributes:
-        shard_rows: windows must not cross multiples of this; None where they may lie anywhere.
         tally: what has been written, by this run and by earlier ones that it continues.
     """
 
-    shard_rows: int | None
     tally: Tally
 
-    def keeps(self, window: Sequence[Row]) -> bool:
-        """Whether an earlier run has written these rows; then they must not be written again."""
+    def keeps(self, window: Sequence[Row]) -> list[Record] | None:
+        """What an earlier run has written of these rows, which must not be written again; None if it has not."""
 
     def write(self, window: Sequence[Row], records: Sequence[Record]) -> None:
         """Takes the records of a window that is not kept."""
@@ -88,22 +99,29 @@ def replace(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def settle(partial: Path, target: Path) -> int:
+    """Gives a file that was written whole its name once it is on disk; returns its size in bytes."""
+    with partial.open("rb") as stream:
+        os.fsync(stream.fileno())
+    size = partial.stat().st_size
+    partial.replace(target)
+    return size
+
+
 class StreamSink:
     """Standard output or another stream: lines as they come."""
-
-    shard_rows: int | None = None
 
     def __init__(self, stream: BinaryIO) -> None:
         self.tally = Tally()
         self._stream = stream
 
-    def keeps(self, window: Sequence[Row]) -> bool:
-        return False
+    def keeps(self, window: Sequence[Row]) -> list[Record] | None:
+        return None
 
     def write(self, window: Sequence[Row], records: Sequence[Record]) -> None:
         self._stream.write(b"".join(map(encode, records)))
         self._stream.flush()
-        self.tally.add(records)
+        self.tally.add(Tally.of(records))
 
     def finish(self) -> None:
         pass
@@ -149,12 +167,8 @@ class PartialFile:
     def finish(self) -> int:
         """Renames it to the target, whole and on disk; returns its size in bytes."""
         self._stream.truncate()  # an input that has become shorter leaves records behind
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        size = self._stream.tell()
         self._stream.close()
-        self.partial.replace(self.target)
-        return size
+        return settle(self.partial, self.target)
 
     def close(self) -> Path | None:
         """Stops; returns the partial file, None (and no file) if nothing is in it."""
@@ -185,8 +199,6 @@ class FileSink:
     The partial file carries a digest of the request in its name: a run with other arguments does not find it.
     """
 
-    shard_rows: int | None = None
-
     def __init__(self, target: Path, request: dict[str, Any]) -> None:
         self.tally = Tally()
         digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
@@ -194,17 +206,15 @@ class FileSink:
         self._partial = target.with_name(f"{target.name}.{digest}.partial")
         self._file: PartialFile | None = None
 
-    def keeps(self, window: Sequence[Row]) -> bool:
+    def keeps(self, window: Sequence[Row]) -> list[Record] | None:
         records = self._opened().take(window)
-        if records is None:
-            return False
-        self.tally.add(records)
-        self.tally.kept += len(records)
-        return True
+        if records is not None:
+            self.tally.add(Tally.of(records, kept=True))
+        return records
 
     def write(self, window: Sequence[Row], records: Sequence[Record]) -> None:
         self._opened().write(records)
-        self.tally.add(records)
+        self.tally.add(Tally.of(records))
 
     def finish(self) -> None:
         self._opened().finish()

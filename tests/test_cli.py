@@ -293,12 +293,12 @@ def test_killed_in_a_folder_and_run_again(
     assert "40 rows (12 of them by an earlier run)" in again.stderr
     assert invoke(*command("whole")).exit_code == 0
     names = [path.name for path in sorted((tmp_path / "out").iterdir())]
-    assert names == ["manifest.json", *(f"part-{i:05d}.jsonl" for i in range(4))]
+    assert names == ["_manifest", *(f"part-{i:05d}.jsonl" for i in range(4))]
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     other = invoke(*command("out"), "--temperature", "2")
     assert other.exit_code == 2
-    assert "temperature 1.0, now 2.0" in other.stderr
+    assert "temperature was 1.0 and is now 2.0" in other.stderr
 
 
 def test_a_reader_that_goes_away_ends_the_run_quietly(model: str, tmp_path: Path) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlmfast import corpus
-from mlmfast.corpus import open_sink, score_window, windows, write_rows
-from mlmfast.errors import RequestError, TextError
-from mlmfast.readers import Row
+import mlmfast
+from mlmfast import corpus, shards
+from mlmfast.corpus import one_by_one, open_sink, score_window, windows, write_rows, write_shards
+from mlmfast.errors import MLMFastError, RequestError, TextError
+from mlmfast.model import MaskedLM
+from mlmfast.readers import Row, read_rows
 from mlmfast.results import Score
+from mlmfast.shards import Shard, ShardFolder, written
+from mlmfast.writers import Record, Tally
 
 
 class WordModel:
@@ -43,7 +49,8 @@ class WordModel:
 
 
 def rows_of(texts: list[str]) -> list[Row]:
-    return [Row(i, text) for i, text in enumerate(texts)]
+    """As they are read: half a surrogate pair is no text."""
+    return [Row(i, text, "holds U+D83D" if "\ud83d" in text else None) for i, text in enumerate(texts)]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -53,16 +60,31 @@ def lines(path: Path) -> list[dict[str, Any]]:
 # ---- windows
 
 
-@given(st.lists(st.integers(0, 20_000), max_size=60), st.one_of(st.none(), st.integers(1, 20)))
-def test_windows_hold_every_row_once_and_end_with_shards(lengths: list[int], shard_rows: int | None) -> None:
+@given(st.lists(st.integers(0, 20_000), max_size=60))
+def test_windows_hold_every_row_once(lengths: list[int]) -> None:
     rows = rows_of(["x" * length for length in lengths])
-    found = list(windows(rows, shard_rows))
+    found = list(windows(rows))
     assert [row for window in found for row in window] == rows
     for window in found:
         *head, _ = [(len(row.text or "") // 3 + 2) ** 2 for row in window]
         assert sum(head) < corpus.WINDOW_COST
-        if shard_rows is not None:
-            assert window[0].index // shard_rows == window[-1].index // shard_rows
+
+
+@given(st.lists(st.lists(st.integers(0, 30), max_size=30), max_size=4), st.integers(1, 12), st.integers(1, 200))
+def test_shards_hold_every_row_once_and_none_of_two_inputs(
+    lengths: list[list[int]], size: int, characters: int
+) -> None:
+    inputs = [(f"input {i}", rows_of(["x" * length for length in some])) for i, some in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_CHARACTERS", characters)
+        found = list(shards.shards_of(inputs, size, several=True))
+    for number, (name, rows) in enumerate(inputs):
+        own = [shard for shard in found if shard.input == name]
+        assert [row for shard in own for row in shard.rows] == rows
+        assert [shard.name for shard in own] == [f"part-{number:05d}-{i:05d}" for i in range(len(own))]
+        for shard in own:
+            assert len(shard.rows) <= size
+            assert sum(len(row.text or "") for row in shard.rows[:-1]) < characters
 
 
 def test_windows_are_bounded_in_rows() -> None:
@@ -81,7 +103,7 @@ def test_records(tmp_path: Path) -> None:
         Row(3, "half \ud83d", "row 4 holds U+D83D"),
     ]
     sink = open_sink(str(tmp_path / "out.jsonl"), {}, 10, io.BytesIO())
-    tally = write_rows(rows, sink, partial(score_window, WordModel(), {}))
+    tally = write_rows(rows, sink, one_by_one(partial(score_window, WordModel(), {})))
     first, *bad = lines(tmp_path / "out.jsonl")
     assert list(first) == ["text", "pll", "tokens", "logprobs", "perplexity"]
     assert np.float32(first["logprobs"]).tolist() == np.float32([-1 / 3, -1]).tolist()
@@ -114,13 +136,44 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 TEXTS = [f"row {i} has words" if i % 5 else "" for i in range(30)]
 
 
-def run(output: str, model: WordModel, texts: list[str] = TEXTS, request: Any = None, shard_rows: int = 10) -> Any:
-    """One run as the command makes it: an interrupted one ends in close()."""
-    sink = open_sink(output, request or {"model": "words"}, shard_rows, io.BytesIO())
+FACTS = {"weights": "words"}
+COLUMNS = {"text": "string", "pll": "double", "tokens": "list<string>", "logprobs": "list<float>"}
+COLUMNS |= {"perplexity": "double", "error": "string"}
+
+
+def run(
+    output: str,
+    model: WordModel,
+    texts: list[str] = TEXTS,
+    request: Any = None,
+    shard_rows: int = 10,
+    format: str | None = None,
+    facts: Any = None,
+) -> Any:
+    """One run as the command makes it: an interrupted one ends in close(), which says what it has left."""
+    sink = open_sink(output, request or {"model": "words"}, shard_rows, io.BytesIO(), format)
+    tally = Tally()
+    compute = one_by_one(partial(score_window, model, {}))
+
+    def engine(todo: Iterator[Shard]) -> Iterator[Record]:
+        for shard in todo:
+            yield written(shard, sink.paths(), COLUMNS, compute, windows, tally.add)
+
     try:
-        return write_rows(rows_of(texts), sink, partial(score_window, model, {}))
+        if isinstance(sink, ShardFolder):
+            sink.agree(facts or FACTS)
+            write_shards(
+                shards.shards_of([("texts", rows_of(texts))], shard_rows, several=False), sink, engine, tally.add
+            )
+        else:
+            write_rows(rows_of(texts), sink, compute, tally.add)
     except KeyboardInterrupt:
         return sink.close()
+    except BaseException:
+        sink.close()
+        raise
+    sink.close()
+    return tally
 
 
 def whole_file(folder: Path) -> bytes:
@@ -213,28 +266,28 @@ def test_a_link_is_followed_and_a_missing_folder_refused(tmp_path: Path) -> None
 # ---- folders
 
 
-def shards_of(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def manifest_of(folder: Path) -> list[dict[str, Any]]:
+    return lines(folder / "_manifest")
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_a_folder_holds_shards_and_a_manifest(tmp_path: Path) -> None:
     run(f"{tmp_path}/out/", WordModel(), TEXTS[:25])
-    assert list(shards_of(tmp_path / "out")) == [
-        "manifest.json",
-        "part-00000.jsonl",
-        "part-00001.jsonl",
-        "part-00002.jsonl",
+    names = ["part-00000.jsonl", "part-00001.jsonl", "part-00002.jsonl"]
+    assert list(files_of(tmp_path / "out")) == ["_manifest", *names]
+    head, model, *entries, end = manifest_of(tmp_path / "out")
+    assert head == {"settings": {"model": "words", "shard_rows": 10, "format": "jsonl"}}
+    assert model == {"model": FACTS} and end == {"complete": {"shards": 3, "rows": 25, "errors": 5}}
+    assert [(one["shard"], one["file"], one["input"], one["first_row"]) for one in entries] == [
+        (name.removesuffix(".jsonl"), name, "texts", 10 * i) for i, name in enumerate(names)
     ]
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["request"] == {"model": "words", "shard_rows": 10}
-    assert manifest["complete"] is True
-    assert [(shard["rows"], shard["errors"], shard["tokens"]) for shard in manifest["shards"]] == [
-        (10, 2, 32),
-        (10, 2, 32),
-        (5, 1, 16),
-    ]
-    found = [record["text"] for i in range(3) for record in lines(tmp_path / "out" / f"part-{i:05d}.jsonl")]
+    counts = [(one["rows"], one["errors"], one["tokens"]) for one in entries]
+    assert counts == [(10, 2, 32), (10, 2, 32), (5, 1, 16)]
+    found = [record["text"] for name in names for record in lines(tmp_path / "out" / name)]
     assert found == TEXTS[:25]
 
 
@@ -242,10 +295,11 @@ def test_a_folder_holds_shards_and_a_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dies_after", range(9))
 def test_an_interrupted_folder_is_continued_to_the_same_bytes(tmp_path: Path, dies_after: int) -> None:
     run(f"{tmp_path}/whole/", WordModel())
-    run(f"{tmp_path}/out/", WordModel(dies_after=dies_after))
+    left = run(f"{tmp_path}/out/", WordModel(dies_after=dies_after))
+    assert (left == tmp_path / "out") if dies_after else (left is None and not (tmp_path / "out").exists())
     model = WordModel()
     tally = run(f"{tmp_path}/out/", model)
-    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert (tally.rows, tally.errors) == (30, 6)
     assert len(model.calls) == 9 - dies_after  # windows of 4, 4 and 2 rows in each of three shards: none scored twice
 
@@ -253,41 +307,85 @@ def test_an_interrupted_folder_is_continued_to_the_same_bytes(tmp_path: Path, di
 @pytest.mark.usefixtures("small_windows")
 def test_a_finished_folder_is_left_as_it_is(tmp_path: Path) -> None:
     run(f"{tmp_path}/out/", WordModel())
-    before = shards_of(tmp_path / "out")
+    before = files_of(tmp_path / "out")
     model = WordModel()
     tally = run(str(tmp_path / "out"), model)  # existing: no slash needed
     assert model.calls == []
     assert (tally.rows, tally.kept, tally.errors, tally.tokens) == (30, 30, 6, 96)
-    assert shards_of(tmp_path / "out") == before
+    assert files_of(tmp_path / "out") == before
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_a_folder_refuses_what_it_was_not_made_from(tmp_path: Path) -> None:
     out = f"{tmp_path}/out/"
     run(out, WordModel(), TEXTS[:25])
-    before = shards_of(tmp_path / "out")
-    with pytest.raises(RequestError, match=r"begun by another request .model 'words', now 'others'"):
+    before = files_of(tmp_path / "out")
+    with pytest.raises(RequestError, match=r"begun with other settings: model was 'words' and is now 'others'"):
         run(out, WordModel(), request={"model": "others"})
-    with pytest.raises(RequestError, match="shard_rows 10, now 7"):
+    with pytest.raises(RequestError, match="shard_rows was 10 and is now 7"):
         run(out, WordModel(), shard_rows=7)
+    with pytest.raises(RequestError, match="other weights, tokenizer or config under the same name"):
+        run(out, WordModel(), facts={"weights": "others"})
     for changed in (["changed", *TEXTS[1:25]], TEXTS[:24], TEXTS[:12], TEXTS[:26], TEXTS):
-        with pytest.raises(RequestError, match="made from other rows"):
+        with pytest.raises(RequestError, match="made from other rows than texts now has"):
             run(out, WordModel(), changed)
-    assert shards_of(tmp_path / "out") == before
+    assert files_of(tmp_path / "out") == before
 
 
-def test_a_folder_refuses_lost_shards_and_foreign_ones(tmp_path: Path) -> None:
+def test_a_request_that_came_to_nothing_binds_nobody(tmp_path: Path) -> None:
+    """A run that was killed before its first shard has written a manifest; another request may have the folder."""
+    (tmp_path / "out").mkdir()
+    folder = ShardFolder(tmp_path / "out", {"model": "wrong"}, 10)
+    folder.close()
+    assert files_of(tmp_path / "out") == {}
+    (tmp_path / "out" / "_manifest").write_text('{"settings": {"model": "wrong"}}\n')
+    assert run(f"{tmp_path}/out/", WordModel()).rows == 30
+    assert manifest_of(tmp_path / "out")[0]["settings"]["model"] == "words"
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("harm", ["cut", "lost"])
+def test_a_lost_shard_is_made_again(tmp_path: Path, format: str, harm: str) -> None:
+    run(f"{tmp_path}/out/", WordModel(), format=format)
+    before = files_of(tmp_path / "out")
+    shard = tmp_path / "out" / f"part-00001.{format}"
+    if harm == "cut":
+        shard.write_bytes(shard.read_bytes()[:-5])
+    else:
+        shard.unlink()
+    folder = ShardFolder(tmp_path / "out", {"model": "words"}, 10, format)
+    assert folder.damaged == ["part-00001"]
+    folder.close()
+    model = WordModel()
+    tally = run(f"{tmp_path}/out/", model, format=format)
+    assert (tally.rows, tally.kept, len(model.calls)) == (30, 20, 3)
+    after = files_of(tmp_path / "out")
+    del before["_manifest"], after["_manifest"]
+    assert after == before
+
+
+def test_a_folder_refuses_foreign_shards_and_broken_manifests(tmp_path: Path) -> None:
     run(f"{tmp_path}/out/", WordModel())
-    shard = tmp_path / "out" / "part-00001.jsonl"
-    shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(RequestError, match=r"part-00001\.jsonl is missing or not what was written"):
+    path = tmp_path / "out" / "_manifest"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'{"shard": "part-00000"', b'{"shard": part-00000"'))
+    with pytest.raises(RequestError, match=r"_manifest, line 3 is damaged"):
         run(f"{tmp_path}/out/", WordModel())
-    (tmp_path / "out" / "manifest.json").write_text("{")
-    with pytest.raises(RequestError, match="not a manifest that can be read"):
+    path.write_text("{\n")
+    with pytest.raises(RequestError, match="was not written by mlmfast"):
         run(f"{tmp_path}/out/", WordModel())
-    (tmp_path / "out" / "manifest.json").unlink()
-    with pytest.raises(RequestError, match="holds shards but no manifest"):
+    path.unlink()
+    with pytest.raises(RequestError, match=r"holds shards but no _manifest"):
         run(f"{tmp_path}/out/", WordModel())
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = ShardFolder(tmp_path / "out", {"model": "words"}, 10)
+    with pytest.raises(RequestError, match="in use by another run"):
+        run(f"{tmp_path}/out/", WordModel())
+    folder.close()
+    assert run(f"{tmp_path}/out/", WordModel()).rows == 30
 
 
 def test_a_full_input_that_grows_by_shards_is_gone_on_with(tmp_path: Path) -> None:
@@ -295,4 +393,151 @@ def test_a_full_input_that_grows_by_shards_is_gone_on_with(tmp_path: Path) -> No
     tally = run(f"{tmp_path}/out/", WordModel(), TEXTS)
     assert (tally.rows, tally.kept) == (30, 20)
     run(f"{tmp_path}/whole/", WordModel())
-    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
+    out, whole = files_of(tmp_path / "out"), files_of(tmp_path / "whole")
+    assert manifest_of(tmp_path / "out")[-1] == manifest_of(tmp_path / "whole")[-1]
+    del out["_manifest"], whole["_manifest"]
+    assert out == whole
+
+
+def test_parquet_holds_what_json_lines_hold(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    texts = [*TEXTS, "half \ud83d"]
+    for format in ("jsonl", "parquet"):
+        run(f"{tmp_path}/{format}/", WordModel(), texts, shard_rows=16, format=format)
+    for part in ("part-00000", "part-00001"):
+        expected = lines(tmp_path / "jsonl" / f"{part}.jsonl")
+        table = pq.read_table(tmp_path / "parquet" / f"{part}.parquet")
+        assert table.schema.names == list(COLUMNS)
+        for row, record in zip(table.to_pylist(), expected, strict=True):
+            text = None if row["text"] is None else row["text"].replace("\\ud83d", "\ud83d")
+            assert text == record["text"]
+            for name in COLUMNS.keys() - {"text", "logprobs"}:
+                assert row[name] == record.get(name)
+            if "logprobs" in record:
+                assert np.array_equal(np.float32(row["logprobs"]), np.float32(record["logprobs"]))
+
+
+def test_parquet_needs_a_folder(tmp_path: Path) -> None:
+    for output, format in ((f"{tmp_path}/a.parquet", None), ("-", "parquet"), (f"{tmp_path}/a.jsonl", "parquet")):
+        with pytest.raises(RequestError, match="written into folders"):
+            open_sink(output, {}, 10, io.BytesIO(), format)
+    with pytest.raises(RequestError, match="--output-format csv is not known; choose jsonl or parquet"):
+        open_sink(f"{tmp_path}/out/", {}, 10, io.BytesIO(), "csv")
+
+
+# ---- rows that are at fault
+
+
+class Poisoned(WordModel):
+    """Fails on a word, as a tokenizer or a model's own code may; with what, is asked for."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def score(self, texts: list[str], **options: Any) -> Any:
+        if any("poison" in text for text in texts):
+            raise self.error
+        return super().score(texts, **options)
+
+
+class PanicException(BaseException):
+    """As Rust's panics arrive, by this name."""
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (IndexError("index out of range"), "cannot be computed: IndexError: index out of range"),
+        (PanicException("panicked"), "cannot be computed: PanicException: panicked"),
+        (MemoryError(), "cannot be computed: there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "cannot be computed: there is not enough memory"),
+    ],
+)
+def test_a_poisoned_row_costs_no_other(tmp_path: Path, error: BaseException, said: str) -> None:
+    texts = [*TEXTS[:7], "poison", *TEXTS[8:]]
+    run(f"{tmp_path}/out/", Poisoned(error), texts)
+    run(f"{tmp_path}/whole/", WordModel(), TEXTS)
+    found = [record for i in range(3) for record in lines(tmp_path / "out" / f"part-{i:05d}.jsonl")]
+    whole = [record for i in range(3) for record in lines(tmp_path / "whole" / f"part-{i:05d}.jsonl")]
+    assert found[7] == {"text": "poison", "error": f"row 8 {said}"}
+    assert found[:7] + found[8:] == whole[:7] + whole[8:]
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("error", [ValueError("broken"), RuntimeError("CUDA error: device-side assert triggered")])
+def test_what_no_row_is_to_blame_for_ends_the_run(tmp_path: Path, error: Exception) -> None:
+    texts = ["poison"] * 8 if isinstance(error, ValueError) else ["fine", "poison", "fine"]
+    with pytest.raises(type(error), match=str(error)):
+        run(f"{tmp_path}/out/", Poisoned(error), texts)
+    with pytest.raises(MLMFastError, match="not enough memory for a single row"):
+        run(f"{tmp_path}/short/", Poisoned(MemoryError()), ["poison"] * 8)
+
+
+# ---- any text
+
+ODD = st.one_of(
+    st.text(max_size=40),
+    st.text(st.characters(categories=["Cs", "Cc", "So", "Mn", "Cf"]), max_size=12),  # half pairs, controls, emoji ...
+    st.sampled_from(
+        ["\0", "\u202eabc\u202c", "שלום עולם", "👩‍👩‍👧‍👦", "é", "e\u0301", "[MASK]", "[SEP] x", "\ufffe", " " * 50]
+    ),
+    st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=3), st.integers(1, 300)),
+)
+
+
+@pytest.fixture(scope="module")
+def lm(bert_folder: Path) -> MaskedLM:
+    return mlmfast.load(bert_folder)
+
+
+@settings(max_examples=60)
+@given(st.lists(ODD, max_size=12), st.sampled_from(["jsonl", "csv", "parquet"]))
+def test_no_text_crashes_a_run(
+    lm: MaskedLM, tmp_path_factory: pytest.TempPathFactory, texts: list[str], kind: str
+) -> None:
+    """Every row has a record in its place, and the good ones' values are those that they have alone."""
+    folder = tmp_path_factory.mktemp("odd")
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":  # escapes: halves of surrogate pairs get through
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+        if kind == "csv":
+            with path.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.writer(stream, quoting=csv.QUOTE_ALL)
+                writer.writerows([["text"], *([text.replace("\0", "")] for text in texts)])
+            texts = [text.replace("\0", "") for text in texts]
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+    sink = open_sink(str(folder / "out.jsonl"), {}, 10, io.BytesIO())
+    try:
+        tally = write_rows(read_rows(str(path)), sink, partial(corpus.scored, lm, {}))
+    except RequestError as error:
+        sink.close()
+        assert "no row can be read" in str(error)
+        return
+    found = lines(folder / "out.jsonl")
+    assert (tally.rows, tally.errors) == (len(texts), sum("error" in record for record in found))
+    assert [record["text"] for record in found] == texts
+    for record in found:
+        if "error" not in record:
+            (alone,) = lm.score([record["text"]])
+            assert record["pll"] == pytest.approx(alone.total, rel=1e-5)
+
+
+def test_a_line_of_a_megabyte(lm: MaskedLM, tmp_path: Path) -> None:
+    """Longer than the model holds: an error that says so, or the beginning, where that is asked for."""
+    path = tmp_path / "long.txt"
+    path.write_text("a cat\n" + "word " * 200_000 + "\na dog\n")
+    for truncation, wrong in ((None, 1), ("right", 0)):
+        sink = open_sink(str(tmp_path / "out.jsonl"), {"truncation": truncation}, 10, io.BytesIO())
+        tally = write_rows(read_rows(str(path)), sink, partial(corpus.scored, lm, {"truncation": truncation}))
+        assert (tally.rows, tally.errors) == (3, wrong)
+        found = lines(tmp_path / "out.jsonl")
+        assert ("error" in found[1]) == bool(wrong) and all("pll" in found[i] for i in (0, 2))

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,6 +44,7 @@ LEAST_ROWS = 64
 SECONDS = 0.04  # of measuring, for each choice; three pairs at least
 
 _packed_weights = PackedWeights()
+_given: dict[tuple[torch.dtype, bool], Choice] = {}
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,36 @@ def choice(dtype: torch.dtype, fused: bool) -> Choice:
         dtype: of all operands.
         fused: with an activation after the product, or without.
     """
+    if (dtype, fused) in _given:
+        return _given[dtype, fused]
     if dtype not in PACKED_DTYPES:
         return Choice(math.inf, "plain: only float32 and bfloat16 weights are packed")
     if not torch.backends.mkldnn.enabled:
         return Choice(math.inf, "plain: oneDNN is switched off (torch.backends.mkldnn.enabled)")
     return _measured(dtype, fused, torch.get_num_threads())
+
+
+def chosen(dtype: torch.dtype) -> list[float | None]:
+    """What :func:`choosing` takes to choose the same elsewhere: last digits differ between the two kinds of product."""
+    return [None if math.isinf(one.least) else one.least for one in (choice(dtype, False), choice(dtype, True))]
+
+
+@contextmanager
+def choosing(dtype: torch.dtype, least: Sequence[float | None]) -> Iterator[None]:
+    """Within the block products are as an earlier process chose, whatever would be measured now.
+
+    Args:
+        dtype: of all operands.
+        least: of :func:`chosen`.
+    """
+    before = dict(_given)
+    for fused, one in zip((False, True), least):
+        _given[dtype, fused] = Choice(math.inf if one is None else one, "as an earlier process chose")
+    try:
+        yield
+    finally:
+        _given.clear()
+        _given.update(before)
 
 
 def forget() -> None:

@@ -1,0 +1,344 @@
+"""Whole runs into folders: killed anywhere, in several processes, on Ray, short of memory or of disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import sentences
+from typer.testing import CliRunner
+
+import mlmfast
+from mlmfast import cli, corpus
+
+# A run that kills itself: in the middle of the n-th write to a shard or to the manifest, or after so many seconds.
+DRIVER = """
+import os, signal, sys, threading, time
+from mlmfast import corpus, ledger, writers
+from mlmfast.cli import main
+
+corpus.WINDOW_ROWS = int(os.environ.get("WINDOW_ROWS", corpus.WINDOW_ROWS))
+kind, _, count = os.environ.get("KILL", "").partition(":")
+left = [float(count or 0)]
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Torn:
+    def __init__(self, stream):
+        self.stream = stream
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+    def write(self, content):
+        left[0] -= 1
+        if left[0] < 0 and content:
+            self.stream.write(content[:random_cut(content)])
+            self.stream.flush()
+            die()
+        return self.stream.write(content)
+
+def random_cut(content):
+    return int.from_bytes(os.urandom(4), "big") % len(content)
+
+if kind == "shard":
+    begin = writers.PartialFile.__init__
+    def init(self, *arguments):
+        begin(self, *arguments)
+        self._stream = Torn(self._stream)
+    writers.PartialFile.__init__ = init
+elif kind == "manifest":
+    write = ledger.Ledger._write
+    def torn(self, records):
+        self._stream, whole = Torn(self._stream), self._stream
+        write(self, records)
+        self._stream = whole
+    ledger.Ledger._write = torn
+elif kind == "settle":  # the file is whole, and has no name yet, or has it and no line in the manifest
+    settle = writers.settle
+    def dying(partial, target):
+        left[0] -= 0.5
+        if left[0] < 0:
+            die()
+        size = settle(partial, target)
+        left[0] -= 0.5
+        if left[0] < 0:
+            die()
+        return size
+    writers.settle = dying
+elif kind == "time":
+    threading.Thread(target=lambda: (time.sleep(left[0]), die()), daemon=True).start()
+main()
+"""
+
+
+def start(*arguments: str, code: str = DRIVER, **settings: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(mlmfast.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | settings
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files_of(folder).items() if name.startswith("part-")}
+
+
+@pytest.fixture
+def model(bert_folder: Path) -> str:
+    return str(bert_folder)
+
+
+@pytest.fixture(autouse=True)
+def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what has been measured on this machine: the same for all processes of a test, and not the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def text_file(path: Path, rows: int) -> Path:
+    path.write_text("\n".join(sentences(rows)) + "\n", encoding="utf-8")
+    return path
+
+
+# ---- killed
+
+
+@pytest.mark.parametrize("kill", ["shard:3", "manifest:3", "settle:1", "settle:1.5"])
+def test_a_killed_run_leaves_what_the_next_one_needs(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: str
+) -> None:
+    source = str(text_file(tmp_path / "corpus.txt", 60))
+    monkeypatch.setattr(corpus, "WINDOW_ROWS", 8)
+    command = ["score", source, "--model", model, "--shard-rows", "20", "--output"]
+    assert invoke(*command, f"{tmp_path}/whole/").exit_code == 0
+    died = start(*command, f"{tmp_path}/out/", KILL=kill, WINDOW_ROWS="8")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert (tmp_path / "out" / "_manifest").exists()
+    again = invoke(*command, f"{tmp_path}/out/")
+    assert again.exit_code == 0 and "by an earlier run" in again.stderr, again.stderr
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_twenty_kills(model: str, tmp_path: Path) -> None:
+    """20,000 rows in twelve shards, killed at twenty random moments."""
+    source = str(text_file(tmp_path / "corpus.txt", 20_000))
+    command = ["score", source, "--model", model, "--shard-rows", "1700", "--quiet", "--output"]
+    assert start(*command, f"{tmp_path}/whole/").returncode == 0
+    assert len(shards_of(tmp_path / "whole")) == 12
+    draw = random.Random(0)
+    kinds = [*(["shard"] * 8), *(["manifest"] * 6), *(["settle"] * 3), *(["time"] * 3)]
+    draw.shuffle(kinds)
+    killed = 0
+    for kind in kinds:
+        count = (
+            draw.uniform(3, 8)
+            if kind == "time"
+            else draw.choice([0, 0.5, 1])
+            if kind == "settle"
+            else draw.randrange(2)
+        )
+        died = start(*command, f"{tmp_path}/out/", KILL=f"{kind}:{count}")
+        assert died.returncode in (0, -signal.SIGKILL), died.stderr
+        killed += died.returncode != 0
+    assert killed == 20
+    assert start(*command, f"{tmp_path}/out/").returncode == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+# ---- several processes
+
+
+def test_workers_write_what_one_process_writes(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, rows in (("a.txt", 25), ("b.txt", 3)):
+        text_file(folder / name, rows)
+    (folder / "b.txt").write_bytes((folder / "b.txt").read_bytes() + b"\n\xff\n")  # an empty row, and one not UTF-8
+    command = ["score", str(folder), "--model", model, "--shard-rows", "10", "--output"]
+    one = start(*command, f"{tmp_path}/one/")
+    assert one.returncode == 1 and "30 rows, 2 with an error" in one.stderr, one.stderr
+    two = start(*command, f"{tmp_path}/two/", "--workers", "2")
+    assert two.returncode == 1 and "30 rows, 2 with an error" in two.stderr, two.stderr
+    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
+    assert list(shards_of(tmp_path / "one")) == [
+        *(f"part-00000-{i:05d}.jsonl" for i in range(3)),
+        "part-00001-00000.jsonl",
+    ]
+    records = [json.loads(line) for line in (tmp_path / "two" / "part-00001-00000.jsonl").read_text().splitlines()]
+    errors = [record["error"] for record in records if "error" in record]
+    assert errors[0].startswith(f"row 4 of {folder / 'b.txt'} has no token to score: it is empty")
+    assert errors[1].startswith(f"row 5 of {folder / 'b.txt'} is not UTF-8")
+    again = start(*command, f"{tmp_path}/two/")
+    assert "30 rows (30 of them by an earlier run)" in again.stderr, again.stderr
+
+
+def test_what_workers_cannot_do_is_said(model: str, tmp_path: Path) -> None:
+    source = str(text_file(tmp_path / "corpus.txt", 5))
+    for options, said in (
+        (["--workers", "2"], "end --output in /"),
+        (["--engine", "ray", "--output", f"{tmp_path}/out.jsonl"], "end --output in /"),
+        (["--engine", "spark"], "choose local or ray"),
+    ):
+        found = invoke("score", source, "--model", model, *options)
+        assert found.exit_code == 2 and said in found.stderr
+    missing = start("score", source, "--model", "no/such", "--workers", "2", "--output", f"{tmp_path}/out/")
+    assert missing.returncode == 2 and missing.stderr.startswith("mlmfast: no/such"), missing.stderr
+    assert not (tmp_path / "out").exists()
+
+
+DYING_WORKER = """
+import os, sys
+if __name__ == "__main__":
+    from mlmfast.cli import main
+    main()
+else:  # in a worker, which spawn gives this file
+    from mlmfast import workers
+    write = workers.Worker.write
+    def dying(self, shard, *arguments):
+        if shard.name == "part-00002":
+            os.kill(os.getpid(), 9)
+        return write(self, shard, *arguments)
+    workers.Worker.write = dying
+"""
+
+
+def test_a_worker_that_dies_ends_the_run_and_keeps_the_rest(model: str, tmp_path: Path) -> None:
+    source = str(text_file(tmp_path / "corpus.txt", 60))
+    (tmp_path / "dying.py").write_text(DYING_WORKER)
+    command = ["score", source, "--model", model, "--shard-rows", "20", "--output"]
+    environment = os.environ | {"PYTHONPATH": str(Path(mlmfast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    died = subprocess.run(
+        [sys.executable, str(tmp_path / "dying.py"), *command, f"{tmp_path}/out/", "--workers", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert died.returncode == 2, died.stderr
+    assert "a worker died" in died.stderr and "--workers" in died.stderr
+    assert "part-00002" not in (tmp_path / "out" / "_manifest").read_text()
+    assert start(*command, f"{tmp_path}/out/").returncode == 0
+    assert start(*command, f"{tmp_path}/whole/").returncode == 0
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
+
+
+# ---- short of memory or of disk
+
+SHORT_OF_MEMORY = """
+import resource, sys
+import mlmfast, torch
+from mlmfast import cli, workers
+from mlmfast.model import MaskedLM
+score, room = MaskedLM.score, int(sys.argv.pop())
+def limited(self, texts, **options):
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    now = int(status["VmSize"].split()[0]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (now + (room << 20), resource.RLIM_INFINITY))
+    MaskedLM.score = score
+    return score(self, texts, **options)
+if room:
+    MaskedLM.score = limited
+from mlmfast import execution
+halves, calls = execution.halves, []
+execution.halves = lambda batch: calls.append(batch) or halves(batch)
+try:
+    cli.main()
+finally:
+    print("halved", len(calls))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an address space is limited as Linux does it")
+def test_too_little_memory_halves_batches(tmp_path: Path) -> None:
+    """With room for a fraction of a batch of 60,000 tokens, the same scores come out."""
+    source = str(text_file(tmp_path / "corpus.txt", 400))
+    command = ["score", source, "--model", "tiny", "--batch-tokens", "60000", "--backend", "reference", "--output"]
+    found = {}
+    for name, room in (("plenty", "0"), ("short", "250")):
+        ran = start(*command, f"{tmp_path}/{name}/", room, code=SHORT_OF_MEMORY)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        lines = (tmp_path / name / "part-00000.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line)["pll"] for line in lines], int(ran.stdout.split()[-1])
+    assert found["plenty"][1] == 0 < found["short"][1]
+    assert found["short"][0] == pytest.approx(found["plenty"][0], rel=1e-5)
+
+
+SHORT_OF_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+from mlmfast.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sizes of files are limited as POSIX does it")
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_a_full_disk_is_said_and_nothing_is_lost(model: str, tmp_path: Path, format: str) -> None:
+    """Files may not grow beyond 6,000 bytes: as on a full disk, a write fails half-way."""
+    texts = sentences(60)
+    texts[20:] = [text * 40 for text in texts[20:]]  # the first shard fits, the second does not
+    (tmp_path / "corpus.txt").write_text("\n".join(texts) + "\n")
+    command = ["score", str(tmp_path / "corpus.txt"), "--model", model, "--truncation", "right", "--shard-rows", "10"]
+    command += ["--output-format", format, "--output"]
+    full = start(*command, f"{tmp_path}/out/", code=textwrap.dedent(SHORT_OF_DISK))
+    assert full.returncode == 2, full.stderr
+    assert re.search(f"cannot write {tmp_path}/out/: .*File too large", full.stderr), full.stderr
+    assert "Traceback" not in full.stderr
+    kept = shards_of(tmp_path / "out")
+    assert f"part-00000.{format}" in kept
+    again = start(*command, f"{tmp_path}/out/")
+    assert again.returncode == 0 and "by an earlier run" in again.stderr
+    assert start(*command, f"{tmp_path}/whole/").returncode == 0
+    assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
+
+
+# ---- Ray
+
+
+@pytest.fixture(scope="module")
+def ray() -> Any:
+    found = pytest.importorskip("ray", reason='pip install "mlmfast[ray]"')
+    # Two busy actors on two CPUs would starve what reads.
+    found.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield found
+    found.shutdown()
+
+
+def test_ray_writes_what_one_process_writes(ray: Any, model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, rows in (("a.txt", 45), ("b.txt", 7)):
+        text_file(folder / name, rows)
+    command = ["score", str(folder), "--model", model, "--shard-rows", "10", "--output"]
+    assert start(*command, f"{tmp_path}/one/").returncode == 0
+    found = invoke(*command, f"{tmp_path}/ray/", "--engine", "ray", "--workers", "2")
+    assert found.exit_code == 0 and "52 rows, 0 with an error" in found.stderr, found.stderr
+    assert shards_of(tmp_path / "ray") == shards_of(tmp_path / "one")
+    lost = tmp_path / "ray" / "part-00000-00001.jsonl"
+    lost.unlink()
+    again = invoke(*command, f"{tmp_path}/ray/", "--engine", "ray", "--workers", "2")
+    assert "52 rows (42 of them by an earlier run)" in again.stderr, again.stderr
+    assert shards_of(tmp_path / "ray") == shards_of(tmp_path / "one")
+    (folder / "b.txt").write_text("other\n")
+    changed = invoke(*command, f"{tmp_path}/ray/", "--engine", "ray")
+    assert changed.exit_code == 2 and "made from other rows" in changed.stderr
+    missing = invoke("score", str(folder), "--model", "no/such", "--output", f"{tmp_path}/none/", "--engine", "ray")
+    assert missing.exit_code == 2 and missing.stderr.startswith("mlmfast: no/such"), missing.stderr
