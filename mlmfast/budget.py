@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +27,9 @@ MOST_ROWS = 65536
 SHARE = 0.5
 # Bytes of DeBERTa's position terms, which backends work through some heads at a time.
 POSITION_TERMS = 256 << 20
+# glibc's M_MMAP_THRESHOLD, and the bytes from which a piece of memory is the system's own once memory is short.
+MMAP_THRESHOLD = -3
+OWN_PIECE = 1 << 20
 # Bytes of a row's int64 numbers: ids, places, bounds and masks, a handful of each at a time.
 ROW_NUMBERS = 128
 
@@ -74,3 +79,19 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         message in str(error) for message in messages
     )
+
+
+@cache
+def make_room() -> None:
+    """Lets what is freed on the CPU go back to the system from now on; for a process that has run out of memory once.
+
+    glibc keeps freed pieces of up to 32 MiB for itself once it has seen such, in a heap that small ones break up: where
+    memory is limited no batch would fit any more, however small, and nothing else that takes memory on its own, such as
+    oneDNN's code. It costs faulting in each large tensor anew. Elsewhere than under glibc nothing is changed.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, OWN_PIECE)
+        libc.malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another libc; Windows, which has no library of None
+        return

@@ -33,7 +33,6 @@ from mlmfast.commands import (
     Semantics,
     ShardRows,
     Workers,
-    check_output,
     manner_of,
     own_code,
     run,
@@ -134,7 +133,7 @@ def score(
         from mlmfast.identity import versions
         from mlmfast.outputs import read_records
         from mlmfast.readers import format_of
-        from mlmfast.sources import inputs_of
+        from mlmfast.sources import absolute, inputs_of
         from mlmfast.writers import StreamSink
 
         check_metric(metric, window, stride)
@@ -143,10 +142,9 @@ def score(
         loading: dict[str, Any] = {"semantics": semantics, "dtype": dtype, "device": device, "backend": backend}
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
         loading["objective"] = objective
-        files = inputs_of(source, format)
-        request = {"mlmfast": mlmfast.__version__, "input": source if source == "-" else str(Path(source).resolve())}
-        request |= {"format": format_of(files[0], format), "field": field, "model": model} | options | loading
-        check_output(output, files)
+        inputs = inputs_of(source, format, field, output)
+        request = {"mlmfast": mlmfast.__version__, "input": absolute(source)}
+        request |= {"format": format_of(inputs.files[0], format), "field": field, "model": model} | options | loading
         if html is not None:
             check_page(html, html_rows, source, output)
         if source == "-" and sys.stdin.isatty():
@@ -157,7 +155,7 @@ def score(
         manner = f"scored in {{seconds:.1f}} s; model {model}{{own}}, metric {metric}{approximate}"
         excerpt = Excerpt(html_rows)
         passing = excerpt.take if html is not None and isinstance(sink, StreamSink) else None
-        tally, own = run(job, files, format, field, sink, output, quiet, manner, workers, engine, passing)
+        tally, own = run(job, inputs, sink, output, quiet, manner, workers, engine, passing)
         if html is not None:
             if not isinstance(sink, StreamSink):
                 excerpt.take(read_records(output))  # rows that an earlier run has scored did not pass by here
@@ -315,7 +313,7 @@ def generate(
     with reporting():
         from mlmfast.corpus import Job, continuation_of, open_sink
         from mlmfast.readers import Row, format_of
-        from mlmfast.sources import inputs_of
+        from mlmfast.sources import absolute, inputs_of
 
         if (file is None) == (prompt is None):
             raise RequestError("give a prompt or --file, and not both")
@@ -332,15 +330,14 @@ def generate(
         loading |= {"batch_tokens": batch_tokens, "revision": revision, "allow_random_head": allow_random_head}
         loading["objective"] = objective
         if file is not None:
-            files = inputs_of(file, format)
-            request = {"mlmfast": mlmfast.__version__, "command": "generate", "format": format_of(files[0], format)}
-            request |= {"input": file if file == "-" else str(Path(file).resolve()), "field": field, "model": model}
-            check_output(output, files)
+            inputs = inputs_of(file, format, field, output)
+            request = {"mlmfast": mlmfast.__version__, "command": "generate", "input": absolute(file)}
+            request |= {"format": format_of(inputs.files[0], format), "field": field, "model": model}
             sink = open_sink(output, request | options | loading, shard_rows, sys.stdout.buffer, output_format)
             approximate = " (approximate)" if cache != "none" else ""
             manner = f"generated in {{seconds:.1f}} s; model {model}{{own}}, cache {cache}{approximate}"
             job = Job(model, loading, options, generates=True)
-            tally, _ = run(job, files, format, field, sink, output, quiet, manner, workers, engine)
+            tally, _ = run(job, inputs, sink, output, quiet, manner, workers, engine)
             failed = bool(tally.errors)
         elif prompt is not None:
             lm = mlmfast.load(model, **loading)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
@@ -18,13 +18,13 @@ import typer
 
 from mlmfast.errors import RequestError
 from mlmfast.reporting import say
-from mlmfast.shards import MANIFEST
 from mlmfast.writers import Tally
 
 if TYPE_CHECKING:
     from mlmfast.corpus import Job
     from mlmfast.readers import Row
     from mlmfast.shards import ShardFolder
+    from mlmfast.sources import Inputs
     from mlmfast.workers import Computing
     from mlmfast.writers import Record, Sink
 
@@ -81,21 +81,9 @@ def check_folder(output: Path) -> None:
         raise RequestError(f"--output {output} is a file; give a folder")
 
 
-def check_output(output: str, sources: Sequence[str]) -> None:
-    """Refuses to write over what is read, and into a folder of which all that it holds is read."""
-    target = Path(output).resolve()
-    for source in sources:
-        if output != "-" and source != "-" and target == Path(source).resolve():
-            raise RequestError(f"--output {output} is the input")
-        if source != "-" and (target / MANIFEST).exists() and target in Path(source).resolve().parents:
-            raise RequestError(f"--output {output} holds the input {source}: give another folder")
-
-
 def run(
     job: Job,
-    files: Sequence[str],
-    format: str,
-    field: str,
+    inputs: Inputs,
     sink: Sink | ShardFolder,
     output: str,
     quiet: bool,
@@ -104,7 +92,7 @@ def run(
     engine: str,
     passing: Callable[[list[Record]], None] | None = None,
 ) -> tuple[Tally, str]:
-    """Does a job with every row of some files, here or in several processes.
+    """Does a job with every row of a source, here or in several processes.
 
     Returns:
         What :func:`write` returns.
@@ -113,11 +101,10 @@ def run(
         RequestError: more than one process, but no folder to write to; an unknown engine.
     """
     from mlmfast import workers as engines
-    from mlmfast.readers import Meter, read_rows
+    from mlmfast.readers import Meter
     from mlmfast.shards import ShardFolder
 
-    several = len(files) > 1
-    meter = Meter(files)
+    meter = Meter(inputs.files)
     if engine not in ("local", "ray"):
         raise RequestError(f"--engine {engine} is not known; choose local or ray")
     if workers == 1 and engine == "local":
@@ -127,24 +114,20 @@ def run(
     elif engine == "ray":
         from mlmfast.ray_engine import in_ray
 
-        if files == ["-"]:
+        if list(inputs.files) == ["-"]:
             raise RequestError("--engine ray reads files, not standard input")
-        means = partial(in_ray, sink, job, workers, files, format, field)
+        means = partial(in_ray, sink, job, workers, inputs)
     else:
         means = partial(engines.in_processes, sink, job, workers)
-    # What may be wrong with the first file is found before the model is loaded.
-    rows = [read_rows(file, format=format, field=field, meter=meter, several=several) for file in files[:1]]
-    later = (read_rows(file, format=format, field=field, meter=meter, several=several) for file in files[1:])
-    inputs = zip(files, chain(rows, later))
     return write(
-        inputs,
+        ((name, inputs.rows(number, meter)) for number, name in enumerate(inputs.names)),
         sink,
         output,
         quiet,
         manner,
         means,
         most=job.most,
-        several=several,
+        several=inputs.several,
         expected=meter.total,
         passing=passing,
     )
@@ -166,14 +149,14 @@ def write(
     """Runs with a bar, says what an unfinished run has left, and ends with one line of summary.
 
     Args:
-        inputs: name and rows of each.
+        inputs: name and rows of each; opened one after the other, the first before a model is loaded.
         sink: where records go.
         output: its name.
         quiet: no bar and no summary.
         manner: the end of the summary; ``{seconds}`` and ``{own}``, which is :func:`own_code`'s, are filled in.
         engine: of :mod:`mlmfast.workers`, all but what to tell of progress; loads the model.
         most: rows of a window.
-        several: there may be several inputs.
+        several: names of shards tell inputs apart.
         expected: how many rows there will be, as far as can be said.
         passing: is given the records that go to standard output.
 
@@ -187,6 +170,7 @@ def write(
 
     started = time.perf_counter()
     tally = Tally()
+    begun = False
     # disable=None: a bar on a terminal only
     with tqdm(unit=" rows", file=sys.stderr, disable=True if quiet else None, leave=False) as bar:
 
@@ -204,8 +188,13 @@ def write(
         try:
             if isinstance(sink, ShardFolder) and sink.damaged and not quiet:
                 say(f"{len(sink.damaged)} shards are lost or cut off and made again: {', '.join(sink.damaged[:5])}")
+            inputs = iter(inputs)
+            inputs = chain([next(inputs)], inputs)  # what may be wrong with the first is found now
             with engine(advance=advance) as computing:
+                begun = True
                 if isinstance(sink, ShardFolder):
+                    if sink.remarks and not quiet:
+                        say(f"{output} was begun with {'; '.join(sink.remarks)}: last digits may differ")
                     cut = shards_of([] if computing.reads else inputs, sink.shard_rows, several=several)
                     write_shards(cut, sink, computing.shards, advance)
                 else:
@@ -215,9 +204,11 @@ def write(
         except BaseException as error:
             left = sink.close()
             bar.close()
+            # Of an unfinished Parquet file nothing is kept.
+            kept_rows = sink.tally.rows if isinstance(sink, ShardFolder) and sink.format == "parquet" else tally.rows
             if left is not None and (tally.rows > tally.kept or isinstance(error, KeyboardInterrupt)):
-                say(f"{tally.rows:,} rows are kept in {left}; run the same command again to continue")
-            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                say(f"{kept_rows:,} rows are kept in {left}; run the same command again to continue")
+            if begun and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                 raise RequestError(f"cannot write {output}: {error.strerror or error}") from error
             raise
     own = own_code(computing.generic)

@@ -18,6 +18,7 @@ import numpy as np
 
 from mlmfast.errors import RequestError
 from mlmfast.outputs import read_records
+from mlmfast.parquet import storable
 from mlmfast.writers import Record
 
 FIGURES = (".png", ".svg")
@@ -211,8 +212,10 @@ def _joined(a: str, b: str) -> Iterator[tuple[Record, Record]]:
         for record, name in ((left, a), (right, b)):
             if not isinstance(record.get("text", 0), str | None):
                 raise RequestError(f"{name}: row {row} has no 'text': give an output of mlmfast score")
-        if left["text"] != right["text"]:
-            one, other = left["text"] or "", right["text"] or ""
+        # Half a surrogate pair is an escape in Parquet, and may be itself in JSON Lines.
+        one, other = (storable(record)["text"] for record in (left, right))
+        if one != other:
+            one, other = one or "", other or ""
             apart = (place for place, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
             place = next(apart, min(len(one), len(other)))
             texts = (_excerpt(text, max(0, place - EXCERPT // 2)) for text in (one, other))

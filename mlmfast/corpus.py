@@ -33,6 +33,8 @@ WINDOW_COST = 1 << 22
 # Continuations take a pass a token, so what is lost by an interruption is kept small.
 GENERATED_ROWS = 64
 
+# What no text is the cause of.
+DEFECTS = (TypeError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
 # Of a row at fault, in its error.
 UNCOMPUTED = "cannot be computed"
 
@@ -256,16 +258,10 @@ def isolated(records_of: Callable[..., list[Record]], window: Sequence[Row], *pr
     try:
         return records_of(window, *prepared)
     except BaseException as error:
-        if not is_rows_fault(error):
-            raise
-        failure = error.with_traceback(None)  # whose frames would hold what the halves need
-    if len(window) == 1:
-        text, kind = window[0].text, type(failure).__name__
-        reason = "there is not enough memory" if is_memory(failure) else f"{kind}: {failure}"
-        return [{"text": text, "error": f"{window[0].place} {UNCOMPUTED}: {reason}"}]
-    middle = len(window) // 2
-    found = isolated(records_of, window[:middle]) + isolated(records_of, window[middle:])
-    if not all(UNCOMPUTED in record.get("error", "") for record in found):
+        failure = _of_a_row(error)
+    found = _apart(records_of, window, failure)
+    computed = [record for row, record in zip(window, found) if row.error is None]
+    if len(computed) == 1 or not all(UNCOMPUTED in record.get("error", "") for record in computed):
         return found
     if is_memory(failure):
         raise MLMFastError(
@@ -274,9 +270,33 @@ def isolated(records_of: Callable[..., list[Record]], window: Sequence[Row], *pr
     raise failure
 
 
+def _apart(records_of: Callable[..., list[Record]], window: Sequence[Row], failure: BaseException) -> list[Record]:
+    """The records of a window that failed as a whole."""
+    if len(window) == 1:
+        text, kind = window[0].text, type(failure).__name__
+        reason = "there is not enough memory" if is_memory(failure) else f"{kind}: {failure}"
+        return [{"text": text, "error": f"{window[0].place} {UNCOMPUTED}: {reason}"}]
+    found: list[Record] = []
+    for half in (window[: len(window) // 2], window[len(window) // 2 :]):
+        try:
+            found += records_of(half)
+            continue
+        except BaseException as error:
+            failure = _of_a_row(error)
+        found += _apart(records_of, half, failure)
+    return found
+
+
+def _of_a_row(error: BaseException) -> BaseException:
+    """The error, if a row may be at fault; else it is raised."""
+    if not is_rows_fault(error):
+        raise error
+    return error.with_traceback(None) if is_memory(error) else error  # frames would hold what the halves need
+
+
 def is_rows_fault(error: BaseException) -> bool:
-    """Whether another row might do better: not where the request is wrong, nor after an error of the device."""
-    if isinstance(error, (MLMFastError, OSError)) or "CUDA error" in str(error):
+    """Whether another row might do better: not where request, device or code is wrong."""
+    if isinstance(error, (MLMFastError, OSError, *DEFECTS)) or "CUDA error" in str(error):
         return False
     # What a tokenizer's own code panics with is no Exception.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
@@ -297,7 +317,9 @@ def score_window(
     """
 
     def compute(texts: list[str]) -> Sequence[Any]:
-        return lm.score(texts if encoded is None else encoded, on_error="return", progress=False, **options)
+        if encoded is None:
+            return lm.score(texts, on_error="return", progress=False, **options)
+        return lm.score(encoded, on_error="return", progress=False, **{**options, "truncation": None})
 
     return records(window, compute, record_of)
 

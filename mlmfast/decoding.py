@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from mlmfast.architectures.spec import EncoderSpec
+from mlmfast.budget import make_room, out_of_memory
 from mlmfast.cache import Cache, Line, StepBatch, step_batch
-from mlmfast.execution import Reader, Targets, out_of_memory
+from mlmfast.execution import Reader, Targets
 from mlmfast.graphs import Graphs
 from mlmfast.masking import MaskPlan
 from mlmfast.ops.mask_append_step import mask_append_step
@@ -243,6 +244,7 @@ class WindowSteps:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            make_room()
             forgotten = self._graphs is not None and self._graphs.forget()  # what they held may be what was missing
             if len(lines) == 1 and not forgotten:
                 raise

@@ -27,6 +27,9 @@ class TextError(MLMFastError, ValueError):
         self.index = index
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[TextError], tuple[int, str]]:
+        return type(self), (self.index, self.reason)
+
 
 class CheckpointError(MLMFastError, ValueError):
     """A checkpoint that must not or cannot be used: no prediction head, NaN weights, an unsafe pickle."""

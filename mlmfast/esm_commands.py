@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,11 +18,11 @@ from mlmfast.commands import (
     Quiet,
     Revision,
     ShardRows,
-    check_output,
     write,
 )
 from mlmfast.errors import RequestError, TextError
 from mlmfast.reporting import reporting
+from mlmfast.sources import absolute, check_output
 
 if TYPE_CHECKING:
     from mlmfast.model import MaskedLM
@@ -185,7 +184,7 @@ def mutations(
         if strategy not in proteins.STRATEGIES:
             raise RequestError(f"--strategy {strategy} is not known; choose one of {', '.join(proteins.STRATEGIES)}")
         if fasta is not None:
-            check_output(output, [fasta])
+            check_output(output, fasta)
         if source == fasta == "-":
             raise RequestError("mutants and wild type cannot both be read from standard input; one needs a file")
         wild = _only_sequence(fasta) if fasta is not None else sequence or ""
@@ -195,11 +194,11 @@ def mutations(
         options: dict[str, Any] = {"strategy": strategy, "offset": offset, "window": window, "sequence": wild}
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend, "batch_tokens": batch_tokens}
         loading["revision"] = revision
-        check_output(output, [source])
-        request = {"mlmfast": mlmfast.__version__, "command": "esm mutations", "input": _resolved(source)}
+        check_output(output, source)
+        request = {"mlmfast": mlmfast.__version__, "command": "esm mutations", "input": absolute(source)}
         request |= {"format": kind, "field": field, "model": model} | options | loading
-        sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
         rows = read_rows(source, format=format, field=field)
+        sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
 
         def record(row: Row, outcome: Any) -> Record:
             if isinstance(outcome, TextError):
@@ -229,10 +228,10 @@ def _run_fasta(
     from mlmfast.corpus import open_sink
     from mlmfast.fasta import read_fasta
 
-    check_output(output, [source])
-    request = {"mlmfast": mlmfast.__version__, "input": _resolved(source), "model": model} | options | loading
-    sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
+    check_output(output, source)
+    request = {"mlmfast": mlmfast.__version__, "input": absolute(source), "model": model} | options | loading
     rows = _begun(read_fasta(source), source)
+    sink = open_sink(output, request, shard_rows, sys.stdout.buffer)
     manner = f"scored in {{seconds:.1f}} s; model {model}{{own}}"
     return bool(_write(source, rows, sink, model, loading, output, quiet, manner, prepare).errors)
 
@@ -293,7 +292,3 @@ def _only_sequence(fasta: str) -> str:
     if rows[0].error is not None:
         raise RequestError(f"--fasta {fasta}: {rows[0].error}")
     return rows[0].text
-
-
-def _resolved(source: str) -> str:
-    return source if source == "-" else str(Path(source).resolve())

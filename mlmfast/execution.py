@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mlmfast.architectures.spec import Head
-from mlmfast.budget import out_of_memory
+from mlmfast.budget import make_room, out_of_memory
 from mlmfast.encoder import encode, predict
 from mlmfast.generic import GenericSpec, LogitsHead, Spec
 from mlmfast.graphs import Graphs
@@ -331,6 +331,7 @@ def run(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            make_room()
             if graphs is not None and graphs.forget():  # what they held may be what was missing
                 waiting.append(batch)
             elif batch.copies > 1:
@@ -376,6 +377,7 @@ def _read(
     except (RuntimeError, MemoryError) as error:
         if (len(encoded) == 1 and encoded[0][0].copies == 1) or not out_of_memory(error):
             raise
+        make_room()
     else:
         assert targets.order is not None
         yield targets.order, found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from mlmfast.errors import RequestError
 from mlmfast.readers import DAMAGE, MAX_ROW_CHARACTERS, NOT_UTF8, Row, is_damage, opened
@@ -18,6 +19,13 @@ class FastaRow(Row):
     """
 
     name: str = ""
+
+    @property
+    def identity(self) -> list[Any]:
+        return [*super().identity, self.name]
+
+    def fits(self, record: dict[str, Any]) -> bool:
+        return super().fits(record) and record.get("name") == self.name
 
 
 def read_fasta(source: str) -> Iterator[FastaRow]:
@@ -54,7 +62,7 @@ def read_fasta(source: str) -> Iterator[FastaRow]:
         if name is None or not is_damage(error):
             raise RequestError(f"cannot read {source}: {error}") from error
         # What came before is computed, and this row says what is missing.
-        fault = f"and all after it cannot be read, {source} is damaged: {error}"
+        fault = f"and all after it cannot be read, the file is damaged: {error}"
         yield FastaRow(index, "".join(lines), f"row {index + 1} ({_printable(name)}) {fault}", name=_printable(name))
         return
     if name is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ class Ledger:
     Args:
         path: its file; its folder is made, too.
         settings: all that decides what the records are, in JSON's types.
+        whole: what would have to be deleted to begin anew; None for the file alone.
 
     Attributes:
         records: those of earlier runs, and what was added.
@@ -35,13 +37,16 @@ class Ledger:
         RequestError: it was begun with other settings, is in use, is no ledger, or is damaged within.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], whole: Path | None = None) -> None:
         self.path = path
+        self._whole = whole or path
         self.records: list[Record] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("a+b")
         try:
             _lock(self._stream, path)
+            if not path.exists() or not os.path.samestat(os.fstat(self._stream.fileno()), path.stat()):
+                raise RequestError(f"{path} was just given up by another run: try again")
             self._read(json.loads(json.dumps(settings)))
         except BaseException:
             self._stream.close()
@@ -61,12 +66,12 @@ class Ledger:
         kept = 0
         begun: dict[str, Any] = {}
         for number, line in enumerate(self._stream, 1):
-            record = _parsed(line)
+            record = parsed(line)
             if record is None:
                 # Of a first line only a torn header is ours to cut off.
                 if not kept and (line.endswith(b"\n") or not line.startswith(b'{"settings":')):
                     raise self._foreign()
-                if any(map(_parsed, self._stream)):
+                if any(map(parsed, self._stream)):
                     raise RequestError(
                         f"{self.path}, line {number} is damaged, and finished work comes after it: delete that line, "
                         "and what it held is computed again"
@@ -95,7 +100,7 @@ class Ledger:
         if changed:
             raise RequestError(
                 f"{self.path} was begun with other settings: {'; '.join(changed)}. Choose another --output, or delete "
-                "that file to begin anew"
+                f"{self._whole} to begin anew"
             )
 
     def _foreign(self) -> RequestError:
@@ -116,11 +121,19 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the file."""
-        self._stream.close()
+        """Lets go of the file; what a full disk did not take is torn, as after a kill."""
+        with suppress(OSError):
+            self._stream.close()
+
+    def discard(self) -> None:
+        """Deletes the file while nobody else can hold it; but Windows deletes no open file."""
+        if os.name == "nt":
+            self.close()
+        self.path.unlink(missing_ok=True)
+        self.close()
 
 
-def _parsed(line: bytes) -> Record | None:
+def parsed(line: bytes) -> Record | None:
     """The record of a line; None if it is torn."""
     if not line.endswith(b"\n"):
         return None

@@ -644,7 +644,12 @@ class MaskedLM:
         check_on_error(on_error)
         spec = self.spec()
         encoder = self._encoder(spec)
-        if texts and all(isinstance(text, (EncodedText, TextError)) for text in texts):
+        read_before = [isinstance(text, (EncodedText, TextError)) for text in texts]
+        if any(read_before):
+            if not all(read_before):
+                raise RequestError("texts: give texts, or what encode() has made of them, and not both")
+            if spans is not None or truncation is not None or scores_masks:
+                raise RequestError("texts that encode() has read are scored as they were read: no spans, no truncation")
             encoded = texts
         else:
             encoded = encoder.encode(texts, spans, truncation, scores_masks=scores_masks)

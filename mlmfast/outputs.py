@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,16 +24,18 @@ def read_records(source: str) -> Iterator[Record]:
         RequestError: there is none, it is not whole, or a line of it is no JSON object.
     """
     path = Path(source)
-    for part in _shards(path) if path.is_dir() else [path]:
+    for part, size in _shards(path) if path.is_dir() else [(path, None)]:
         try:
+            if size not in (None, part.stat().st_size):
+                raise RequestError(f"{part} is not as it was written: run the command that fills {path} again")
             yield from (_rows_of if part.suffix == ".parquet" else _lines)(part)
         except (OSError, *DAMAGE) as error:
             reason = error.strerror if isinstance(error, OSError) else None
             raise RequestError(f"cannot read {part}: {reason or error}") from error
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that a manifest names, in order."""
+def _shards(folder: Path) -> list[tuple[Path, int | None]]:
+    """The files that a manifest names, in order, and their sizes in bytes."""
     path = folder / MANIFEST
     try:
         records = list(_lines(path))
@@ -41,8 +44,9 @@ def _shards(folder: Path) -> list[Path]:
     if not records or "complete" not in records[-1]:
         raise RequestError(f"{folder} is not finished: run the command that fills it again, which continues it")
     # In the order of the input, in which several processes do not finish; the last line of a shard counts.
-    files = {record["shard"]: record["file"] for record in records if "shard" in record}
-    return [folder / files[name] for name in sorted(files)]
+    files = {record["shard"]: record for record in records if "shard" in record}
+    names = sorted(files, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    return [(folder / files[name]["file"], files[name]["bytes"]) for name in names]
 
 
 def _rows_of(path: Path) -> Iterator[Record]:

@@ -57,8 +57,6 @@ class ParquetFile:
 
     def finish(self) -> int:
         """Renames it to the target, whole and on disk; returns its size in bytes."""
-        if self._writer is None:
-            self.write([])
         writer, self._writer = self._writer, None
         writer.close()
         return settle(self.partial, self.target)

@@ -71,6 +71,15 @@ class Row:
         """Where it is, for a message."""
         return f"row {self.index + 1}" + (f" of {self.input}" if self.input else "")
 
+    @property
+    def identity(self) -> list[Any]:
+        """What its record depends on, in JSON's types; but not the reason why it cannot be scored, only that."""
+        return [self.index, self.text, self.error is not None]
+
+    def fits(self, record: dict[str, Any]) -> bool:
+        """Whether this may be its record."""
+        return "text" in record and record["text"] == self.text
+
 
 @dataclass(frozen=True)
 class Malformed:
@@ -101,25 +110,26 @@ class Meter:
         self._reading: tuple[str, Callable[[], float]] | None = None
 
     def begin(self, source: str, share: Callable[[], float]) -> None:
-        """A file is read now, of which ``share`` tells how much has been, from 0 to 1."""
+        """A file is read now, of which ``share`` tells how much has been, from 0 to 1; no pipe can tell."""
         self.end()
-        self._reading = (source, share)
+        if source in self._sizes:
+            self._reading = (source, share)
 
     def end(self) -> None:
         if self._reading is not None:
-            self._done += self._sizes.get(self._reading[0], 0)
+            self._done += self._sizes[self._reading[0]]
         self._reading = None
 
     def total(self) -> int | None:
         """How many rows there would be if all were as long as those seen; None before anything can be said."""
         read: float = self._done
         if self._reading is not None:
-            read += self._reading[1]() * self._sizes.get(self._reading[0], 0)
+            read += self._reading[1]() * self._sizes[self._reading[0]]
         return round(self.rows * sum(self._sizes.values()) / read) if read and self.rows else None
 
 
 def read_rows(
-    source: str, *, format: str = "auto", field: str = "text", meter: Meter | None = None, several: bool = False
+    source: str, *, format: str = "auto", field: str = "text", meter: Meter | None = None, name: str | None = None
 ) -> Iterator[Row]:
     """The rows of a file or of standard input.
 
@@ -129,7 +139,7 @@ def read_rows(
             decompressed) and takes standard input and unknown suffixes for text, a line each.
         field: the column (CSV, Parquet) or key (JSON Lines) that holds the text.
         meter: is told what is read.
-        several: rows and errors name the file.
+        name: what rows and their errors call the file, where there are several; None for nothing.
 
     Blank lines of JSON Lines and CSV are no rows; a blank line of a text is an empty row. A compressed file that turns
     out damaged ends with a row that says so.
@@ -138,21 +148,20 @@ def read_rows(
         RequestError: before the first row, if the source cannot be read as asked: no such file, no such column, a
             column of a text, no pyarrow for Parquet, or not one of the first rows can be read.
     """
+    shown = "standard input" if source == "-" else source
     if field != "text" and format_of(source, format) == "text":
-        name = "standard input" if source == "-" else source
         raise RequestError(
-            f"{name} is read as text, a line each, and has no field {field!r}: say with --format what it is, or leave "
+            f"{shown} is read as text, a line each, and has no field {field!r}: say with --format what it is, or leave "
             "--field out"
         )
-    rows = _rows(source, format, field, meter, several)
+    rows = _rows(source, format, field, meter, name)
     lead = []
     for row in itertools.islice(rows, LEAD_ROWS):
         lead.append(row)
         if row.text is not None:
             break
     if lead and all(row.text is None for row in lead):
-        name = "standard input" if source == "-" else source
-        raise RequestError(f"{name}: no row can be read: {lead[0].error}")
+        raise RequestError(f"{shown}: no row can be read: {lead[0].error}")
     return itertools.chain(lead, rows)
 
 
@@ -171,7 +180,7 @@ def format_of(source: str, format: str = "auto") -> str:
     return SUFFIXES.get(suffix.lower(), "text")
 
 
-def _rows(source: str, format: str, field: str, meter: Meter | None, several: bool) -> Iterator[Row]:
+def _rows(source: str, format: str, field: str, meter: Meter | None, name: str | None) -> Iterator[Row]:
     kind = format_of(source, format)
     meter = meter or Meter([])
     values = (_parquet_values if kind == "parquet" else _text_values)(source, kind, field, meter)
@@ -186,7 +195,7 @@ def _rows(source: str, format: str, field: str, meter: Meter | None, several: bo
             if index == 0:
                 raise RequestError(f"cannot read {source}: {error}") from error
             # The file cannot be read past here; what came before it is scored, and this row says what is missing.
-            value = Malformed(f"and all after it cannot be read, {source} is damaged: {error}")
+            value = Malformed(f"and all after it cannot be read, {name or 'the file'} is damaged: {error}")
             values = iter(())
         if value is None:
             meter.end()
@@ -194,7 +203,7 @@ def _rows(source: str, format: str, field: str, meter: Meter | None, several: bo
         meter.rows += 1
         if isinstance(value, str):
             value = _checked(value)
-        row = Row(index, value if isinstance(value, str) else value.text, None, source if several else None)
+        row = Row(index, value if isinstance(value, str) else value.text, None, name)
         yield row if isinstance(value, str) else replace(row, error=f"{row.place} {value.reason}")
 
 

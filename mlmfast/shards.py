@@ -22,6 +22,8 @@ MANIFEST = "_manifest"  # JSON Lines, but not among the files that *.jsonl finds
 FORMATS = ("jsonl", "parquet")
 # A shard ends here, too: what is held of it at once are its texts.
 SHARD_CHARACTERS = 1 << 26
+# Of a model's facts: those that are taken over from the manifest, so that it does not matter what they are now.
+FOLLOWED = ("batch_tokens", "products")
 
 # Windows of rows -> each with its records, in order.
 Compute = Callable[[Iterator[list[Row]]], Iterator[tuple[list[Row], list[Record]]]]
@@ -33,7 +35,7 @@ class Shard:
 
     Attributes:
         name: of its file, without suffix.
-        input: where its rows are from.
+        input: the name of the file that its rows are from.
         rows: all of them.
     """
 
@@ -42,10 +44,10 @@ class Shard:
     rows: Sequence[Row]
 
     def digest(self) -> str:
-        """Of its rows' texts, and of the reasons why some have none."""
+        """Of what its rows' records depend on."""
         found = hashlib.sha256()
         for row in self.rows:  # None told apart from "" and each row's bounds from its neighbours'
-            found.update(json.dumps([row.index, row.text, row.error]).encode() + b"\n")
+            found.update(json.dumps(row.identity).encode() + b"\n")
         return found.hexdigest()
 
 
@@ -93,6 +95,7 @@ class ShardFolder:
     Attributes:
         tally: what has been written, by this run and by earlier ones.
         damaged: shards that the manifest has and that are not there as they were written.
+        remarks: in what this run differs from the one that began the folder, last digits perhaps too.
 
     Raises:
         RequestError: it cannot be written there, another run is at it, or it was begun by another request.
@@ -109,12 +112,14 @@ class ShardFolder:
         self.shard_rows = shard_rows
         self.format = format
         self.tally = Tally()
+        self.remarks: list[str] = []
         self._made = not folder.exists()
-        if not (folder / MANIFEST).exists() and any(folder.glob("part-*.*")):
-            raise RequestError(f"{folder} holds shards but no {MANIFEST}: give another folder")
+        if not (folder / MANIFEST).exists() and any(any(folder.glob(f"part-*.{one}")) for one in FORMATS):
+            raise RequestError(f"{folder} holds shards but no {MANIFEST}: delete them, or give another folder")
         self._request = request | {"shard_rows": shard_rows, "format": format}
-        self._ledger = Ledger(folder / MANIFEST, self._request)
+        self._ledger = Ledger(folder / MANIFEST, self._request, folder)
         self._facts: Record = next((one["model"] for one in self._ledger.records if "model" in one), {})
+        self._bound = bool(self._facts)
         self._entries: dict[str, Record] = {}  # the last one of a name counts
         self._entries |= {one["shard"]: one for one in self._ledger.records if "shard" in one}
         self._seen: set[str] = set()
@@ -132,14 +137,19 @@ class ShardFolder:
         Raises:
             RequestError: the folder was begun with other weights.
         """
-        if not self._facts:
-            self._ledger.add([{"model": facts}])
+        if not self._bound:
             self._facts = facts
         elif facts["weights"] != self._facts["weights"]:
             raise RequestError(
                 f"{self.folder} was begun with other weights, tokenizer or config under the same name "
                 f"({self._facts['weights'][:12]}..., now {facts['weights'][:12]}...): give another folder"
             )
+        else:
+            self.remarks = [
+                f"{name} {self._facts.get(name)}, now {facts.get(name)}"
+                for name in facts
+                if name not in FOLLOWED and facts[name] != self._facts.get(name)
+            ]
         return self._facts
 
     def kept(self, shard: Shard) -> Record | None:
@@ -150,12 +160,17 @@ class ShardFolder:
         """
         if shard.name not in self._entries:
             return None
-        return self.verified(shard.name, shard.digest())
+        return self.verified(shard.name, shard.input, shard.digest())
 
-    def verified(self, name: str, digest: str) -> Record | None:
-        """The same for a shard of the manifest, of which only the digest is at hand."""
+    def verified(self, name: str, input: str, digest: str) -> Record | None:
+        """The same for a shard of the manifest of which the rows are not at hand."""
         entry = self._entries[name]
         self._seen.add(name)
+        if entry["input"] != input:
+            raise RequestError(
+                f"{self.folder / entry['file']} was made from {entry['input']}, and {input} is in its place now: files "
+                "were added or are missing before it. Give another folder"
+            )
         if entry["texts_sha256"] != digest:
             raise self._changed(entry)
         if name in self.damaged:
@@ -178,7 +193,9 @@ class ShardFolder:
 
     def add(self, entry: Record) -> None:
         """Keeps what :func:`written` says of a shard."""
-        self._ledger.add([entry])
+        # The model with the first: nothing that came to nothing binds another run.
+        self._ledger.add([entry] if self._bound else [{"model": self._facts}, entry])
+        self._bound = True
         self._entries[entry["shard"]] = entry
         self._seen.add(entry["shard"])
         self.tally.add(Tally.of_entry(entry))
@@ -200,10 +217,10 @@ class ShardFolder:
 
     def close(self) -> Path | None:
         """Lets go of the folder; returns it, None (and no folder that this run has made) if nothing is in it."""
-        self._ledger.close()
-        if self._entries or any(self.folder.glob("part-*")):
+        if any("complete" in one for one in self._ledger.records) or any(self.folder.glob("part-*")):
+            self._ledger.close()
             return self.folder
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        self._ledger.discard()
         if self._made and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
         return None

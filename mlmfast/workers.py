@@ -97,18 +97,20 @@ def of_this_machine(dtype: torch.dtype) -> list[float | None]:
     where that cannot be written it is measured.
     """
     key = json.dumps([processor(), torch.__version__, str(dtype), torch.get_num_threads()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlmfast"
-    path = folder / f"products-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlmfast"
+        path = folder / f"products-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             own = path.with_name(f"{path.name}.{os.getpid()}")
-            own.write_text(json.dumps({"key": key, "least": products.chosen(dtype)}))
-            with suppress(FileExistsError):  # another process was first: its choice counts
-                os.link(own, path)
-            own.unlink()
+            try:
+                own.write_text(json.dumps({"key": key, "least": products.chosen(dtype)}))
+                with suppress(FileExistsError):  # another process was first: its choice counts
+                    os.link(own, path)
+            finally:
+                own.unlink(missing_ok=True)
         return json.loads(path.read_text())["least"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, RuntimeError):  # RuntimeError: there is no home
         return products.chosen(dtype)
 
 
@@ -124,9 +126,9 @@ def computing_as(lm: MaskedLM, facts: Record) -> Iterator[None]:
 
 
 def cores_of(workers: int) -> int:
-    """Each one's part of the cores that this process may use."""
+    """Each one's part of the cores that this process may use, and no more threads than torch has here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers)
+    return max(1, min(cores // workers, torch.get_num_threads()))
 
 
 class Worker:
@@ -171,6 +173,7 @@ def in_processes(folder: ShardFolder, job: Job, workers: int, *, advance: Advanc
         MLMFastError: the model cannot be loaded; a process died.
     """
     context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+    others = multiprocessing.active_children()
     threads = cores_of(workers)
     pool = ProcessPoolExecutor(workers, context, _begin, (job, threads, context.Value("i", 0)))
     finished = False
@@ -181,12 +184,12 @@ def in_processes(folder: ShardFolder, job: Job, workers: int, *, advance: Advanc
         finished = True
     except BrokenProcessPool as error:
         raise MLMFastError(
-            "a worker died, perhaps for want of memory: take fewer --workers or less --batch-tokens. Finished "
-            "shards are kept; the same command continues"
+            "a worker died, perhaps for want of memory: take fewer --workers. Finished shards are kept, and the same "
+            "command continues"
         ) from error
     finally:
         if not finished:
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()).difference(others):
                 process.terminate()
         pool.shutdown(cancel_futures=True)
 
@@ -203,14 +206,14 @@ def _shared(
     running: set[Future[Record]] = set()
     for shard in shards:
         running.add(pool.submit(_write, shard, folder.paths(), facts))
-        if len(running) >= ahead:
-            yield from _finished(running, advance)
+        yield from _finished(running, advance, None if len(running) >= ahead else 0)
     while running:
-        yield from _finished(running, advance)
+        yield from _finished(running, advance, None)
 
 
-def _finished(running: set[Future[Record]], advance: Advance) -> Iterator[Record]:
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
+def _finished(running: set[Future[Record]], advance: Advance, seconds: float | None) -> Iterator[Record]:
+    """Those that are finished; waits so long for one of them, None for as long as it takes."""
+    done, _ = wait(running, seconds, FIRST_COMPLETED)
     for future in done:
         running.remove(future)
         entry = future.result()

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from mlmfast.ledger import Record, parsed
 from mlmfast.readers import Row
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -101,7 +100,7 @@ def replace(path: Path, content: bytes) -> None:
 
 def settle(partial: Path, target: Path) -> int:
     """Gives a file that was written whole its name once it is on disk; returns its size in bytes."""
-    with partial.open("rb") as stream:
+    with partial.open("r+b") as stream:  # of what may only be read Windows syncs nothing
         os.fsync(stream.fileno())
     size = partial.stat().st_size
     partial.replace(target)
@@ -151,8 +150,8 @@ class PartialFile:
         start = self._stream.tell()
         records = []
         for row in window:
-            record = _parsed(self._stream.readline())
-            if record is None or record.get("text") != row.text:
+            record = parsed(self._stream.readline())
+            if record is None or not row.fits(record):
                 self._stream.seek(start)
                 self._stream.truncate()
                 self.taking = False
@@ -180,17 +179,6 @@ class PartialFile:
             self.partial.unlink()
             return None
         return self.partial
-
-
-def _parsed(line: bytes) -> Record | None:
-    """The record of a line, None if a killed run has left it torn."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
 
 
 class FileSink:
