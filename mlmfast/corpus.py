@@ -33,6 +33,8 @@ WINDOW_COST = 1 << 22
 # Continuations take a pass a token, so what is lost by an interruption is kept small.
 GENERATED_ROWS = 64
 
+# So many rows that all fail are not at fault: something else is. A few may be, at the end of a shard.
+BLAMELESS = 8
 # What no text is the cause of.
 DEFECTS = (TypeError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
 # Of a row at fault, in its error.
@@ -252,8 +254,8 @@ def isolated(records_of: Callable[..., list[Record]], window: Sequence[Row], *pr
     """The records of a window; if it fails, of its halves, down to the row that is at fault, which gets ``error``.
 
     Raises:
-        MLMFastError: not one of several rows has enough memory.
-        Exception: every row of several fails for another reason, so it is no row's fault.
+        MLMFastError: not one of :data:`BLAMELESS` rows has enough memory.
+        Exception: so many fail for another reason, so it is no row's fault; or it is one of :data:`DEFECTS`.
     """
     try:
         return records_of(window, *prepared)
@@ -261,7 +263,7 @@ def isolated(records_of: Callable[..., list[Record]], window: Sequence[Row], *pr
         failure = _of_a_row(error)
     found = _apart(records_of, window, failure)
     computed = [record for row, record in zip(window, found) if row.error is None]
-    if len(computed) == 1 or not all(UNCOMPUTED in record.get("error", "") for record in computed):
+    if len(computed) < BLAMELESS or not all(UNCOMPUTED in record.get("error", "") for record in computed):
         return found
     if is_memory(failure):
         raise MLMFastError(

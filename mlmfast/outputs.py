@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from mlmfast.errors import RequestError
 from mlmfast.parquet import check_installed
 from mlmfast.readers import COMPRESSIONS, DAMAGE
@@ -59,6 +61,8 @@ def _rows_of(path: Path) -> Iterator[Record]:
         with path.open("rb") as stream:
             for batch in pq.ParquetFile(stream).iter_batches():
                 for row in batch.to_pylist():
+                    if row["logprobs"] is not None:  # the digits that read back as the same float32, as in JSON Lines
+                        row["logprobs"] = [float(str(x)) for x in np.float32(row["logprobs"])]
                     nullable = {"text"} if row.get("error") is not None else {"text", "perplexity"}
                     yield {name: value for name, value in row.items() if value is not None or name in nullable}
     except pa.ArrowException as error:

@@ -217,7 +217,8 @@ class ShardFolder:
 
     def close(self) -> Path | None:
         """Lets go of the folder; returns it, None (and no folder that this run has made) if nothing is in it."""
-        if any("complete" in one for one in self._ledger.records) or any(self.folder.glob("part-*")):
+        # Of an empty input, too, it has been said that it is complete.
+        if self._ledger.records or any(self.folder.glob("part-*")):
             self._ledger.close()
             return self.folder
         self._ledger.discard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from mlmfast.html import Excerpt, Heading
@@ -25,6 +26,11 @@ def scored(tokens: str, logprobs: list[float], text: str | None = None, **more: 
     text = tokens.replace(" ", "").replace("▁", " ").strip() if text is None else text
     record = {"text": text, "pll": pll, "tokens": pieces, "logprobs": logprobs}
     return record | {"perplexity": math.exp(-pll / len(pieces))} | more
+
+
+def logprobs_in(page: str) -> list[float]:
+    """The exact values on a page, in order."""
+    return [float(value) for value in re.findall(r" data-l=(\S+?)[ >]", page)]
 
 
 def nasty(text: str) -> dict[str, Any]:

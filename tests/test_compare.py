@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import sentences
+from pages import logprobs_in
 from typer.testing import CliRunner, Result
 
 from mlmfast import cli
 from mlmfast import compare as comparing
+from mlmfast.outputs import read_records
 
 Record = dict[str, Any]
 
@@ -132,6 +134,36 @@ def test_outputs_may_be_folders_or_compressed(
     assert unfinished.exit_code == 2 and "is not finished" in unfinished.stderr
     Path("out/_manifest").unlink()
     assert "has no _manifest" in invoke("compare", "out/", "window.jsonl").stderr
+
+
+def test_parquet_is_read_as_json_lines_are(bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors, half a surrogate pair and an order beyond what names sort to among it."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["", "half \ud83d", *sentences(20)]
+    Path("in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["score", "in.jsonl", "--model", str(bert_folder), "--quiet", "--shard-rows", "6", "--output"]
+    for name in ("jsonl", "parquet"):
+        assert invoke(*command, f"{name}/", "--output-format", name, "--html", f"{name}.html").exit_code == 1
+    told = json.loads(invoke("compare", "jsonl/", "parquet/", "--json").stdout)
+    assert (told["rows"], told["compared"], told["errors"]["either"]) == (22, 20, 2)
+    assert told["pll"]["equal"] == 20
+    pages = [Path(f"{name}.html").read_text(encoding="utf-8") for name in ("jsonl", "parquet")]
+    assert pages[1].count("<tr") == pages[0].count("<tr") and logprobs_in(pages[0]) == logprobs_in(pages[1])
+    cut = Path("jsonl/part-00001.jsonl")
+    cut.write_bytes(cut.read_bytes().partition(b"\n")[2])  # whole lines, and yet not what was written
+    refused = invoke("compare", "jsonl/", "parquet/")
+    assert refused.exit_code == 2 and "part-00001.jsonl is not as it was written" in refused.stderr
+
+
+def test_shards_come_in_the_order_of_numbers(tmp_path: Path) -> None:
+    """More than the five digits that names are padded to."""
+    manifest = [{"settings": {}}]
+    for number in (100_000, 99_999):
+        write(tmp_path / f"part-{number}.jsonl", [record(str(number), -1.0)])
+        size = (tmp_path / f"part-{number}.jsonl").stat().st_size
+        manifest.append({"shard": f"part-{number}", "file": f"part-{number}.jsonl", "bytes": size})
+    write(tmp_path / "_manifest", [*manifest, {"complete": {}}])
+    assert [one["text"] for one in read_records(str(tmp_path))] == ["99999", "100000"]
 
 
 SAME = [record("x", -1.0), record("y", -2.0)]

@@ -19,7 +19,9 @@ import mlmfast
 from mlmfast import corpus, shards
 from mlmfast.corpus import one_by_one, open_sink, score_window, windows, write_rows, write_shards
 from mlmfast.errors import MLMFastError, RequestError, TextError
+from mlmfast.fasta import FastaRow
 from mlmfast.model import MaskedLM
+from mlmfast.outputs import read_records
 from mlmfast.readers import Row, read_rows
 from mlmfast.results import Score
 from mlmfast.shards import Shard, ShardFolder, written
@@ -322,7 +324,7 @@ def test_a_folder_refuses_what_it_was_not_made_from(tmp_path: Path) -> None:
     before = files_of(tmp_path / "out")
     with pytest.raises(RequestError, match=r"begun with other settings: model was 'words' and is now 'others'"):
         run(out, WordModel(), request={"model": "others"})
-    with pytest.raises(RequestError, match="shard_rows was 10 and is now 7"):
+    with pytest.raises(RequestError, match=rf"shard_rows was 10 and is now 7\. .* or delete {tmp_path}/out to begin"):
         run(out, WordModel(), shard_rows=7)
     with pytest.raises(RequestError, match="other weights, tokenizer or config under the same name"):
         run(out, WordModel(), facts={"weights": "others"})
@@ -334,11 +336,15 @@ def test_a_folder_refuses_what_it_was_not_made_from(tmp_path: Path) -> None:
 
 def test_a_request_that_came_to_nothing_binds_nobody(tmp_path: Path) -> None:
     """A run that was killed before its first shard has written a manifest; another request may have the folder."""
-    (tmp_path / "out").mkdir()
     folder = ShardFolder(tmp_path / "out", {"model": "wrong"}, 10)
     folder.close()
-    assert files_of(tmp_path / "out") == {}
-    (tmp_path / "out" / "_manifest").write_text('{"settings": {"model": "wrong"}}\n')
+    assert not (tmp_path / "out").exists()
+    folder = ShardFolder(tmp_path / "out", {"model": "wrong"}, 10)
+    folder.agree({"weights": "wrong"})
+    left = (tmp_path / "out" / "_manifest").read_bytes()
+    folder.close()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "_manifest").write_bytes(left)
     assert run(f"{tmp_path}/out/", WordModel()).rows == 30
     assert manifest_of(tmp_path / "out")[0]["settings"]["model"] == "words"
 
@@ -378,6 +384,55 @@ def test_a_folder_refuses_foreign_shards_and_broken_manifests(tmp_path: Path) ->
     path.unlink()
     with pytest.raises(RequestError, match=r"holds shards but no _manifest"):
         run(f"{tmp_path}/out/", WordModel())
+
+
+def test_an_empty_input_leaves_a_finished_folder(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run(f"{tmp_path}/out/", WordModel(), []).rows == 0
+        assert manifest_of(tmp_path / "out")[-1] == {"complete": {"shards": 0, "rows": 0, "errors": 0}}
+    assert list(read_records(f"{tmp_path}/out")) == []
+    assert run(f"{tmp_path}/out/", WordModel()).rows == 30
+
+
+def test_another_list_of_inputs_is_said(tmp_path: Path) -> None:
+    def entry(input: str) -> Record:
+        shard = Shard("part-00001-00000", input, rows_of(["a"]))
+        return {"shard": shard.name, "file": "x.jsonl", "input": input, "texts_sha256": shard.digest()} | dict.fromkeys(
+            ("bytes", "rows", "errors", "tokens"), 1
+        )
+
+    folder = ShardFolder(tmp_path / "out", {}, 10)
+    folder.agree(FACTS)
+    folder.add(entry("c.txt"))
+    with pytest.raises(RequestError, match=r"was made from c\.txt, and b\.txt is in its place now"):
+        folder.kept(Shard("part-00001-00000", "b.txt", rows_of(["a"])))
+    folder.close()
+
+
+def test_what_differs_from_the_run_that_began_is_told(tmp_path: Path) -> None:
+    for facts, remarks in (
+        ({"threads": 1, "batch_tokens": 512}, []),
+        ({"threads": 1, "batch_tokens": 64}, []),  # taken over
+        ({"threads": 8, "batch_tokens": 512}, ["threads 1, now 8"]),
+    ):
+        folder = ShardFolder(tmp_path / "out", {}, 10)
+        assert folder.agree({**FACTS, **facts})["batch_tokens"] == 512 and folder.remarks == remarks
+        folder.add(
+            {"shard": "part-00000", "file": "x", "input": "x", "texts_sha256": ""}
+            | dict.fromkeys(("bytes", "rows", "errors", "tokens"), 1)
+        )
+        folder.close()
+
+
+def test_a_digest_is_of_what_is_in_the_rows(tmp_path: Path) -> None:
+    """Reasons may name paths, which differ where nothing else does; a name in a FASTA file goes into its record."""
+
+    def digest(*rows: Row) -> str:
+        return Shard("part-00000", "x", rows).digest()
+
+    one, other = (Row(0, None, f"row 1 of {where}/x is not UTF-8") for where in ("/a", "/b"))
+    assert digest(one) == digest(other) != digest(Row(0, None))
+    assert digest(FastaRow(0, "MDE", name="a")) != digest(FastaRow(0, "MDE", name="b"))
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -468,12 +523,34 @@ def test_a_poisoned_row_costs_no_other(tmp_path: Path, error: BaseException, sai
 
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("error", [ValueError("broken"), RuntimeError("CUDA error: device-side assert triggered")])
-def test_what_no_row_is_to_blame_for_ends_the_run(tmp_path: Path, error: Exception) -> None:
+def test_what_no_row_is_to_blame_for_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(corpus, "BLAMELESS", 4)
     texts = ["poison"] * 8 if isinstance(error, ValueError) else ["fine", "poison", "fine"]
     with pytest.raises(type(error), match=str(error)):
         run(f"{tmp_path}/out/", Poisoned(error), texts)
     with pytest.raises(MLMFastError, match="not enough memory for a single row"):
         run(f"{tmp_path}/short/", Poisoned(MemoryError()), ["poison"] * 8)
+
+
+def test_neighbours_at_fault_cost_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves of which every row is at fault, and a last window of nothing else."""
+    monkeypatch.setattr(corpus, "WINDOW_ROWS", 16)
+    texts = [f"row {i}" for i in range(50)]
+    for i in (*range(4, 12), 48, 49):
+        texts[i] = "poison"
+    tally = run(f"{tmp_path}/out/", Poisoned(ValueError("broken")), texts, shard_rows=50)
+    assert (tally.rows, tally.errors) == (50, 10)
+    found = lines(tmp_path / "out" / "part-00000.jsonl")
+    assert [i for i, record in enumerate(found) if "error" in record] == [*range(4, 12), 48, 49]
+
+
+@pytest.mark.parametrize("error", [TypeError("'NoneType' object is not iterable"), AttributeError("no such thing")])
+def test_a_defect_is_no_rows_fault(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)) as raised:
+        run(f"{tmp_path}/out/", Poisoned(error), ["poison"])
+    assert any(entry.name == "score" for entry in raised.traceback)  # where it happened can be told
 
 
 # ---- any text

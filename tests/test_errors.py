@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,26 @@ from mlmfast.model import MaskedLM
 @pytest.fixture(scope="module")
 def lm(bert_folder: Path) -> MaskedLM:
     return mlmfast.load(bert_folder)
+
+
+def test_an_error_of_a_text_goes_to_other_processes() -> None:
+    error = pickle.loads(pickle.dumps(TextError(3, "is empty")))
+    assert (error.index, error.reason, str(error)) == (3, "is empty", "text 3 is empty")
+
+
+def test_what_encode_has_read_is_scored_as_it_was_read(lm: MaskedLM) -> None:
+    texts = [TEXTS[0], "", TEXTS[1]]
+    for encoded, found in zip(lm.score(lm.encode(texts), on_error="return"), lm.score(texts, on_error="return")):
+        if isinstance(found, TextError):
+            assert str(encoded) == str(found)
+        else:
+            assert encoded.logprobs.tolist() == found.logprobs.tolist()
+    with pytest.raises(RequestError, match="no spans, no truncation"):
+        lm.score(lm.encode(texts), truncation="right")
+    with pytest.raises(RequestError, match="no spans, no truncation"):
+        lm.score(lm.encode(texts[:1]), spans=[(0, 3)])
+    with pytest.raises(RequestError, match="and not both"):
+        lm.score([*lm.encode(texts[:1]), TEXTS[1]])
 
 
 @pytest.mark.parametrize("bad", ["", "   ", "\n\t", "[SEP]", None, 3, b"The cat", ["The cat"], "lone \ud800 surrogate"])

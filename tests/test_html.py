@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from checkpoints import sentences
-from pages import INJECTION, RANKINGS, SCORES, excerpt_of, heading_of, scored
+from pages import INJECTION, RANKINGS, SCORES, excerpt_of, heading_of, logprobs_in, scored
 from typer.testing import CliRunner, Result
 
 import mlmfast
@@ -52,10 +52,6 @@ class Elements(HTMLParser):
 
 def invoke(*arguments: str, text: str | None = None) -> Result:
     return CliRunner().invoke(cli.app, list(arguments), input=text)
-
-
-def logprobs_in(page: str) -> list[float]:
-    return [float(value) for value in re.findall(r" data-l=(\S+?)[ >]", page)]
 
 
 # ---- colours

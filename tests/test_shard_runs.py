@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -10,15 +11,19 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import sentences
 from typer.testing import CliRunner
 
 import mlmfast
-from mlmfast import cli, corpus
+from mlmfast import cli, corpus, workers
+from mlmfast.errors import MLMFastError
+from mlmfast.shards import ShardFolder
 
 # A run that kills itself: in the middle of the n-th write to a shard or to the manifest, or after so many seconds.
 DRIVER = """
@@ -183,8 +188,8 @@ def test_workers_write_what_one_process_writes(model: str, tmp_path: Path) -> No
     ]
     records = [json.loads(line) for line in (tmp_path / "two" / "part-00001-00000.jsonl").read_text().splitlines()]
     errors = [record["error"] for record in records if "error" in record]
-    assert errors[0].startswith(f"row 4 of {folder / 'b.txt'} has no token to score: it is empty")
-    assert errors[1].startswith(f"row 5 of {folder / 'b.txt'} is not UTF-8")
+    assert errors[0].startswith("row 4 of b.txt has no token to score: it is empty")
+    assert errors[1].startswith("row 5 of b.txt is not UTF-8")
     again = start(*command, f"{tmp_path}/two/")
     assert "30 rows (30 of them by an earlier run)" in again.stderr, again.stderr
 
@@ -239,6 +244,105 @@ def test_a_worker_that_dies_ends_the_run_and_keeps_the_rest(model: str, tmp_path
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
 
 
+def test_generate_with_workers_writes_what_one_process_writes(tmp_path: Path) -> None:
+    source = str(text_file(tmp_path / "prompts.txt", 24))
+    command = ["generate", "--file", source, "--sample", "--max-new-tokens", "3", "--shard-rows", "5", "--output"]
+    for name, more in (("one", []), ("two", ["--workers", "2"])):
+        found = start(*command, f"{tmp_path}/{name}/", *more)
+        assert found.returncode == 0 and "24 rows, 0 with an error" in found.stderr, found.stderr
+    assert len(shards_of(tmp_path / "one")) == 5 and shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
+
+
+def test_a_pool_leaves_other_processes_alone(model: str, tmp_path: Path) -> None:
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        folder = ShardFolder(tmp_path / "out", {}, 10)
+        job = corpus.Job("no/such", {}, {})
+        with pytest.raises(MLMFastError, match="no/such"), workers.in_processes(folder, job, 1, advance=print):
+            pass
+        folder.close()
+        assert other.is_alive()
+    finally:
+        other.kill()
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(1, 1), (1 << 10, None)])
+def test_workers_take_no_more_threads_than_torch_has(
+    monkeypatch: pytest.MonkeyPatch, threads: int, expected: int | None
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert workers.cores_of(1) == (expected or cores)
+    assert workers.cores_of(1 << 10) == 1
+
+
+# ---- inputs that change, are missing, or lie beside the output
+
+
+def test_a_folder_that_grows_is_gone_on_with(model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    text_file(tmp_path / "in" / "b.txt", 12)
+    command = ["score", f"{tmp_path}/in", "--model", model, "--shard-rows", "5", "--output"]
+    assert invoke(*command, f"{tmp_path}/out/").exit_code == 0
+    text_file(tmp_path / "in" / "c.txt", 4)
+    grown = invoke(*command, f"{tmp_path}/out/")
+    assert grown.exit_code == 0 and "16 rows (12 of them by an earlier run)" in grown.stderr, grown.stderr
+    text_file(tmp_path / "in" / "a.txt", 4)
+    pushed = invoke(*command, f"{tmp_path}/out/")
+    assert pushed.exit_code == 2 and "was made from b.txt, and a.txt is in its place now" in pushed.stderr
+
+
+def test_an_output_may_lie_in_its_input(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same command, wherever it is given, continues it."""
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    text_file(Path("in/a.txt"), 12)
+    command = ["score", "in", "--model", model, "--output", "in/scores/"]
+    assert invoke(*command).exit_code == 0
+    before = files_of(Path("in/scores"))
+    monkeypatch.chdir(tmp_path / "in")
+    again = invoke("score", str(tmp_path / "in"), "--model", model, "--output", "scores/")
+    assert again.exit_code == 0 and "12 rows (12 of them by an earlier run)" in again.stderr, again.stderr
+    assert files_of(tmp_path / "in/scores") == before
+
+
+def test_a_missing_input_leaves_nothing(model: str, tmp_path: Path) -> None:
+    missing = invoke("score", f"{tmp_path}/none.txt", "--model", model, "--output", f"{tmp_path}/out/")
+    assert missing.exit_code == 2 and "none.txt" in missing.stderr and list(tmp_path.iterdir()) == []
+    fasta = invoke("esm", "pppl", f"{tmp_path}/none.fasta", "--model", model, "--output", f"{tmp_path}/out/")
+    assert fasta.exit_code == 2 and "none.fasta" in fasta.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_input_is_a_finished_run(model: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    for _ in range(2):
+        command = ["score", f"{tmp_path}/empty.txt", "--model", model, "--output", f"{tmp_path}/out/"]
+        found = invoke(*command, "--html", f"{tmp_path}/page.html")
+        assert found.exit_code == 0 and "0 rows, 0 with an error" in found.stderr, found.stderr
+    assert list(files_of(tmp_path / "out")) == ["_manifest"] and (tmp_path / "page.html").exists()
+
+
+def test_a_model_that_cannot_be_read_is_no_matter_of_the_output(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any, **options: Any) -> Any:
+        raise OSError(5, "Input/output error", "weights")
+
+    monkeypatch.setattr(mlmfast, "load", load)
+    found = invoke("score", str(text_file(tmp_path / "a.txt", 3)), "--model", model, "--output", f"{tmp_path}/out/")
+    assert found.exit_code == 2 and "weights" in found.stderr and "cannot write" not in found.stderr
+
+
+def test_other_threads_are_told(model: str, tmp_path: Path) -> None:
+    command = ["score", str(text_file(tmp_path / "a.txt", 3)), "--model", model, "--output", f"{tmp_path}/out/"]
+    assert "begun with" not in start(*command).stderr
+    assert (
+        f"{tmp_path}/out/ was begun with threads 1, now 2: last digits may differ"
+        in start(*command, OMP_NUM_THREADS="2").stderr
+    )
+
+
 # ---- short of memory or of disk
 
 SHORT_OF_MEMORY = """
@@ -267,11 +371,14 @@ finally:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an address space is limited as Linux does it")
 def test_too_little_memory_halves_batches(tmp_path: Path) -> None:
-    """With room for a fraction of a batch of 60,000 tokens, the same scores come out."""
+    """With room for a fraction of a batch of 60,000 tokens, the same scores come out.
+
+    glibc would keep what failed batches have freed, and even a single copy would find no memory: see make_room.
+    """
     source = str(text_file(tmp_path / "corpus.txt", 400))
     command = ["score", source, "--model", "tiny", "--batch-tokens", "60000", "--backend", "reference", "--output"]
     found = {}
-    for name, room in (("plenty", "0"), ("short", "250")):
+    for name, room in (("plenty", "0"), ("short", "120")):
         ran = start(*command, f"{tmp_path}/{name}/", room, code=SHORT_OF_MEMORY)
         assert ran.returncode == 0, ran.stderr[-2000:]
         lines = (tmp_path / name / "part-00000.jsonl").read_text().splitlines()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names_of(folder: Path, source: str, format: str = "auto") -> list[str]:
-    return [str(Path(path).relative_to(folder)) for path in inputs_of(source, format)]
+    return [str(Path(path).relative_to(folder)) for path in inputs_of(source, format).files]
 
 
 def test_a_folder_stands_for_its_files(folder: Path) -> None:
@@ -47,8 +49,47 @@ def test_a_pattern_stands_for_what_fits(folder: Path) -> None:
 
 def test_a_name_that_exists_is_no_pattern(folder: Path) -> None:
     assert names_of(folder, f"{folder}/x[1].txt") == ["x[1].txt"]
-    assert inputs_of("-") == ["-"]
-    assert inputs_of("missing.txt") == ["missing.txt"]  # whoever opens it says so
+    assert inputs_of("-").files == ["-"]
+    assert inputs_of("missing.txt").files == ["missing.txt"]  # whoever opens it says so
+
+
+def test_names_do_not_depend_on_how_a_path_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    for place, home in ((folder, "."), (folder.parent, folder.name)):
+        monkeypatch.chdir(place)
+        for source in (str(folder), home, f"{home}/", "~"):
+            found = inputs_of(source)
+            assert found.names == ["a.txt", "b.jsonl", "deep/er/c.csv.gz", "x[1].txt"] and found.several
+        for source in (f"{folder}/deep/*/*.gz", f"{home}/deep/*/*.gz", "~/deep/*/*.gz"):
+            assert inputs_of(source).names == ["er/c.csv.gz"]
+        for source in (f"{folder}/a.txt", f"{home}/a.txt", "~/a.txt"):
+            found = inputs_of(source)
+            assert found.names == ["a.txt"] and not found.several and Path(found.files[0]).is_file()
+    assert all(Path(file).is_absolute() for file in inputs_of(".").resolved().files)
+    assert inputs_of("-").resolved().files == ["-"]
+
+
+def test_outputs_are_no_inputs(folder: Path) -> None:
+    """Whether this run has written them, will write them, or another has."""
+    whole = names_of(folder, f"{folder}/")
+    before = inputs_of(str(folder), output=f"{folder}/scores/").names
+    (folder / "scores").mkdir()
+    (folder / "scores" / "part-00000.jsonl").write_text("{}\n")
+    assert inputs_of(str(folder), output=f"{folder}/scores/").names == before == whole
+    assert "scores/part-00000.jsonl" in names_of(folder, str(folder))
+    (folder / "scores" / "_manifest").write_text("{}\n")
+    assert names_of(folder, str(folder)) == whole
+    assert inputs_of(str(folder / "scores")).names == ["part-00000.jsonl"]  # which is asked for by name
+    assert inputs_of(f"{folder}/*/part-*").names == ["scores/part-00000.jsonl"]
+    for source, output, said in (
+        (str(folder), f"{folder}/", "holds the input"),
+        (f"{folder}/*.txt", str(folder), "holds the input"),
+        (str(folder), f"{folder}/a.txt", "is the input"),
+        (f"{folder}/a.txt", f"{folder}/a.txt", "is the input"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            inputs_of(source, output=output)
+    assert inputs_of(f"{folder}/a.txt", output=f"{folder}/").names == ["a.txt"]
 
 
 def test_nothing_found_is_said(folder: Path, tmp_path: Path) -> None:
@@ -64,9 +105,9 @@ def test_nothing_found_is_said(folder: Path, tmp_path: Path) -> None:
 def test_rows_of_several_files_name_theirs(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{}\n')
-    one, other = read_rows(str(path), several=True)
-    assert one == Row(0, "one", None, str(path)) and one.place == f"row 1 of {path}"
-    assert other.error is not None and other.error.startswith(f"row 2 of {path} has no field 'text'")
+    one, other = read_rows(str(path), name="a.jsonl")
+    assert one == Row(0, "one", None, "a.jsonl") and one.place == "row 1 of a.jsonl"
+    assert other.error is not None and other.error.startswith("row 2 of a.jsonl has no field 'text'")
     assert next(iter(read_rows(str(path)))) == Row(0, "one")
 
 
@@ -92,3 +133,15 @@ def test_a_meter_tells_how_many_rows_there_may_be(tmp_path: Path, kind: str) -> 
             if row.index == 20_000:
                 assert meter.total() == pytest.approx(80_000, rel=0.15)  # files are read in blocks
     assert seen == meter.rows == meter.total() == 80_000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX has named pipes")
+def test_a_pipe_has_no_share(tmp_path: Path) -> None:
+    """`score <(command)`: nothing can be told of how much there is, and nothing fails."""
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: Path(pipe).write_text("row\n" * 5000))
+    writer.start()
+    meter = Meter([pipe])
+    assert [meter.total() for _ in read_rows(pipe, meter=meter)] == [None] * 5000
+    writer.join()
