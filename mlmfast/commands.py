@@ -132,10 +132,13 @@ def run(
         means = partial(in_ray, sink, job, workers, files, format, field)
     else:
         means = partial(engines.in_processes, sink, job, workers)
+    read = partial(read_rows, format=format, field=field, several=several)
+    inputs: Iterable[tuple[str, Iterable[Row]]] = ()
     # What may be wrong with the first file is found before the model is loaded.
-    rows = [read_rows(file, format=format, field=field, meter=meter, several=several) for file in files[:1]]
-    later = (read_rows(file, format=format, field=field, meter=meter, several=several) for file in files[1:])
-    inputs = zip(files, chain(rows, later))
+    if engine == "ray":
+        read(files[0])  # and closed again: others read it, of whose progress the meter knows nothing
+    else:
+        inputs = zip(files, chain([read(files[0], meter=meter)], (read(file, meter=meter) for file in files[1:])))
     return write(
         inputs,
         sink,
@@ -206,8 +209,7 @@ def write(
                 say(f"{len(sink.damaged)} shards are lost or cut off and made again: {', '.join(sink.damaged[:5])}")
             with engine(advance=advance) as computing:
                 if isinstance(sink, ShardFolder):
-                    cut = shards_of([] if computing.reads else inputs, sink.shard_rows, several=several)
-                    write_shards(cut, sink, computing.shards, advance)
+                    write_shards(shards_of(inputs, sink.shard_rows, several=several), sink, computing.shards, advance)
                 else:
                     rows = chain.from_iterable(rows for _, rows in inputs)
                     write_rows(rows, sink, computing.windows, advance, most, passing)
