@@ -64,29 +64,33 @@ def in_ray(
             source = datasource(files, format, field, folder.shard_rows, digests, damaged)
             # Reading asks for no CPU: actors may hold all that there are, and would wait for their rows for ever. So
             # the number of readers, each a process, is bounded here.
-            read = ray.data.read_datasource(source, override_num_blocks=len(files), num_cpus=0, concurrency=workers)
-            found = read.map_batches(
-                Scorer,
-                fn_constructor_args=(job, threads, facts, folder.paths()),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=workers),
-                max_restarts=RETRIES,
-                max_task_retries=RETRIES,
-                **needs,
-            )
+            readers = min(workers, len(files))
+            read = ray.data.read_datasource(source, override_num_blocks=len(files), num_cpus=0, concurrency=readers)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of fewer files than actors
-                rows = plain(lambda: iter(found.iter_rows()))
-            while (row := plain(lambda: next(rows, None))) is not None:
-                entry = json.loads(row["entry"])
-                if "kept" in entry:
-                    kept = folder.verified(entry["kept"], entry["texts_sha256"])
-                    assert kept is not None  # damaged ones come here only where their rows have changed
-                    advance(Tally.of_entry(kept, kept=True))
-                else:
-                    advance(Tally.of_entry(entry))
-                    yield entry
+                # Of fewer files than actors; of arguments for actors that will end, with nothing in their place yet.
+                warnings.simplefilter("ignore")
+                found = read.map_batches(
+                    Scorer,
+                    fn_constructor_args=(job, threads, facts, folder.paths()),
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    compute=ray.data.ActorPoolStrategy(size=workers),
+                    max_restarts=RETRIES,
+                    max_task_retries=RETRIES,
+                    **needs,
+                )
+                # Each as it comes: one that is held back to prefetch the next is lost when the run ends early.
+                each = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
+                blocks = plain(lambda: iter(found.iter_batches(**each)))
+            while (block := plain(lambda: next(blocks, None))) is not None:
+                for entry in map(json.loads, block["entry"].to_pylist()):
+                    if "kept" in entry:
+                        kept = folder.verified(entry["kept"], entry["texts_sha256"])
+                        assert kept is not None  # a damaged one comes here only where its rows have changed
+                        advance(Tally.of_entry(kept, kept=True))
+                    else:
+                        advance(Tally.of_entry(entry))
+                        yield entry
 
         yield Computing(facts["generic"], shards=shards)
 
