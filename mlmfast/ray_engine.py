@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ from mlmfast.writers import Record, Tally
 # How often Ray starts an actor anew, and does a shard again: without a bound, a shard that kills whoever computes it is
 # computed for ever.
 RETRIES = 3
+# What errors are raised as again when they come from elsewhere.
+KINDS: dict[str, type[Exception]] = {"own": MLMFastError, "file": OSError, "defect": RuntimeError}
 
 
 @contextmanager
@@ -66,31 +69,30 @@ def in_ray(
             # the number of readers, each a process, is bounded here.
             readers = min(workers, len(files))
             read = ray.data.read_datasource(source, override_num_blocks=len(files), num_cpus=0, concurrency=readers)
-            with warnings.catch_warnings():
-                # Of fewer files than actors; of arguments for actors that will end, with nothing in their place yet.
-                warnings.simplefilter("ignore")
-                found = read.map_batches(
-                    Scorer,
-                    fn_constructor_args=(job, threads, facts, folder.paths()),
-                    batch_size=1,
-                    batch_format="pyarrow",
-                    compute=ray.data.ActorPoolStrategy(size=workers),
-                    max_restarts=RETRIES,
-                    max_task_retries=RETRIES,
-                    **needs,
-                )
-                # Each as it comes: one that is held back to prefetch the next is lost when the run ends early.
-                each = {"batch_size": None, "batch_format": "pyarrow", "prefetch_batches": 0}
-                blocks = plain(lambda: iter(found.iter_batches(**each)))
-            while (block := plain(lambda: next(blocks, None))) is not None:
-                for entry in map(json.loads, block["entry"].to_pylist()):
-                    if "kept" in entry:
-                        kept = folder.verified(entry["kept"], entry["texts_sha256"])
-                        assert kept is not None  # a damaged one comes here only where its rows have changed
-                        advance(Tally.of_entry(kept, kept=True))
-                    else:
-                        advance(Tally.of_entry(entry))
-                        yield entry
+            found = read.map_batches(
+                Scorer,
+                fn_constructor_args=(job, threads, facts, folder.paths()),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                max_restarts=RETRIES,
+                max_task_retries=RETRIES,
+                **needs,
+            )
+            # Each as it comes: one that is held back to prefetch the next is lost when the run ends early.
+            blocks = iter(found.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+            with closing(blocks):
+                while (block := plain(lambda: next(blocks, None))) is not None:
+                    for entry in map(json.loads, block["entry"].to_pylist()):
+                        if "failed" in entry:
+                            raise KINDS[entry["failed"]](*entry["said"])
+                        elif "kept" in entry:
+                            kept = folder.verified(entry["kept"], entry["texts_sha256"])
+                            assert kept is not None  # a damaged one comes here only where its rows have changed
+                            advance(Tally.of_entry(kept, kept=True))
+                        else:
+                            advance(Tally.of_entry(entry))
+                            yield entry
 
         yield Computing(facts["generic"], shards=shards)
 
@@ -146,7 +148,10 @@ def quiet_data(ray: Any) -> Iterator[None]:
         for name, value in settings.items():
             setattr(context, name, value)
         logger.setLevel(logging.CRITICAL)  # it tells of every step it takes, and of errors, which are raised, too
-        yield
+        with warnings.catch_warnings():
+            # Of fewer files than actors; and that bounds on retries will be given in another way, which is not there.
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)
@@ -180,6 +185,15 @@ def placed(ray: Any, job: Job, threads: int, workers: int) -> tuple[Job, dict[st
             f"this Ray has {cpus:g} and {gpus:g}: {remedy}"
         )
     return job, needs
+
+
+def failure(error: Exception) -> Record:
+    """An error as a record: from a dataset's tasks Ray brings no more than its text, and tries some again in vain."""
+    if isinstance(error, OSError):
+        return {"failed": "file", "said": [error.errno, error.strerror or str(error)]}
+    if isinstance(error, MLMFastError):
+        return {"failed": "own", "said": [str(error)]}
+    return {"failed": "defect", "said": ["".join(traceback.format_exception(error))]}
 
 
 def plain(compute: Callable[[], Any]) -> Any:
@@ -231,15 +245,23 @@ def datasource(
     resolved = [str(Path(file).resolve()) for file in files]
 
     def read(number: int) -> Iterator[Any]:
+        try:
+            for shard in shards(number):
+                digest, content = shard.digest(), None
+                if shard.name not in digests or (shard.name in damaged and digest == digests[shard.name]):
+                    content = json.dumps([[row.index, row.text, row.error, row.input] for row in shard.rows])
+                yield table(name=shard.name, input=shard.input, digest=digest, rows=content)
+        except Exception as error:
+            yield table(failure=json.dumps(failure(error)))
+
+    def shards(number: int) -> Iterator[Shard]:
         rows = read_rows(resolved[number], format=format, field=field, several=several)
         before = [(file, ()) for file in files[:number]]  # so that the names count
-        for shard in shards_of([*before, (files[number], rows)], shard_rows, several=several):
-            digest = shard.digest()
-            content = None
-            if shard.name not in digests or (shard.name in damaged and digest == digests[shard.name]):
-                content = json.dumps([[row.index, row.text, row.error, row.input] for row in shard.rows])
-            columns = {"name": shard.name, "input": shard.input, "digest": digest, "rows": content}
-            yield pa.table({name: pa.array([value], pa.string()) for name, value in columns.items()})
+        return shards_of([*before, (files[number], rows)], shard_rows, several=several)
+
+    def table(**values: str | None) -> Any:
+        names = ("name", "input", "digest", "rows", "failure")
+        return pa.table({name: pa.array([values.get(name)], pa.string()) for name in names})
 
     class Shards(Datasource):
         def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[Any]:
@@ -256,22 +278,31 @@ def datasource(
 
 
 class Scorer:
-    """An actor: shards -> lines of the manifest, their files written on the way."""
+    """An actor: shards -> lines of the manifest, their files written on the way, or what went wrong."""
 
     def __init__(self, job: Job, threads: int, facts: Record, paths: tuple[str, str]) -> None:
-        self.worker = Worker(job, threads)
         self.facts = facts
         self.paths = paths
+        self.failed: Record | None = None
+        try:
+            self.worker = Worker(job, threads)
+        except Exception as error:
+            self.failed = failure(error)
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow as pa
 
-        entries = []
-        for one in batch.to_pylist():
-            if one["rows"] is None:
-                entry = {"kept": one["name"], "texts_sha256": one["digest"]}
-            else:
-                shard = Shard(one["name"], one["input"], [Row(*row) for row in json.loads(one["rows"])])
-                entry = self.worker.write(shard, self.paths, self.facts)
-            entries.append(json.dumps(entry))
-        return pa.table({"entry": entries})
+        return pa.table({"entry": [json.dumps(self.entry(**one)) for one in batch.to_pylist()]})
+
+    def entry(self, name: str, input: str, digest: str, rows: str | None, failure: str | None) -> Record:
+        if failure is not None:
+            return json.loads(failure)
+        if rows is None:
+            return {"kept": name, "texts_sha256": digest}
+        return self.failed or self.written(Shard(name, input, [Row(*row) for row in json.loads(rows)]))
+
+    def written(self, shard: Shard) -> Record:
+        try:
+            return self.worker.write(shard, self.paths, self.facts)
+        except Exception as error:
+            return failure(error)

@@ -166,29 +166,52 @@ def test_actors_that_always_die_end_the_run_and_keep_the_rest(
     assert (tmp_path / "deaths").read_text() == "xx"
     assert "part-00002" not in (tmp_path / "out" / "_manifest").read_text()
     again = start(*command, f"{tmp_path}/out/", WINDOW_ROWS="8")
-    assert again.returncode == 0 and "60 rows (48 of them by an earlier run)" in again.stderr, again.stderr
+    assert again.returncode == 0 and "60 rows (56 of them by an earlier run)" in again.stderr, again.stderr
     assert start(*command, f"{tmp_path}/one/", WINDOW_ROWS="8").returncode == 0
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "one")
 
 
-def test_a_full_disk_of_an_actor_is_said(ray: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(ray_engine.Scorer):
-        def __call__(self, batch: Any) -> Any:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def failing(error: Exception) -> type:
+    class Failing(ray_engine.Scorer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
 
+            def fail(*arguments: Any) -> None:
+                raise error
+
+            self.worker.write = fail  # type: ignore[method-assign]
+
+    return Failing
+
+
+def test_errors_of_an_actor_are_those_of_a_local_run(
+    ray: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = str(text_file(tmp_path / "corpus.txt", 5))
-    monkeypatch.setattr(ray_engine, "Scorer", Full)
-    full = invoke("score", source, "--model", model, "--output", f"{tmp_path}/out/", "--engine", "ray")
+    command = ["score", source, "--model", model, "--output", f"{tmp_path}/out/", "--engine", "ray"]
+    monkeypatch.setattr(ray_engine, "Scorer", failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    full = invoke(*command)
     assert full.exit_code == 2 and f"cannot write {tmp_path}/out/: No space left" in full.stderr, full.stderr
+    monkeypatch.setattr(ray_engine, "Scorer", failing(MLMFastError("there is not enough memory for a single row")))
+    short = invoke(*command)
+    assert short.exit_code == 2 and short.stderr.startswith("mlmfast: there is not enough memory"), short.stderr
+    monkeypatch.setattr(ray_engine, "Scorer", failing(KeyError("weight")))
+    defect = invoke(*command)
+    assert isinstance(defect.exception, RuntimeError) and "KeyError: 'weight'" in str(defect.exception)
+    (tmp_path / "a.csv").write_text("text\nA cat.\n")
+    (tmp_path / "b.csv").write_text("other\nA cat.\n")
+    files = ["score", f"{tmp_path}/*.csv", "--model", model, "--output", f"{tmp_path}/csv/", "--engine", "ray"]
+    unread = invoke(*files)
+    assert unread.exit_code == 2 and "b.csv has no column 'text'" in unread.stderr, unread.stderr
 
 
-def test_an_error_without_a_message_is_told_by_its_name() -> None:
+def test_an_error_of_ray_without_a_message_is_told_by_its_name() -> None:
     exceptions = pytest.importorskip("ray.exceptions")
 
     def fail() -> None:
-        raise exceptions.ObjectStoreFullError
+        raise exceptions.RayError
 
-    with pytest.raises(MLMFastError, match="Ray gave up: ObjectStoreFullError"):
+    with pytest.raises(MLMFastError, match="Ray gave up: RayError"):
         ray_engine.plain(fail)
 
 
