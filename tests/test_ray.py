@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,17 @@ def test_what_ray_cannot_do_is_said(ray: Any, model: str, tmp_path: Path, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "given"),
+    [("auto", 0, ("auto", 0)), ("auto", 8, ("cuda", 1)), ("cuda:1", 8, ("cuda", 1)), ("cpu", 8, ("cpu", 0))],
+)
+def test_an_actor_has_one_gpu_and_knows_no_other(device: str, gpus: int, given: tuple[str, int]) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": float(gpus)}}]
+    cluster = SimpleNamespace(nodes=lambda: nodes)
+    job, needs = ray_engine.placed(cluster, corpus.Job("tiny", {"device": device}, {}), 4, 2)
+    assert (job.loading["device"], needs) == (given[0], {"num_cpus": 4, "num_gpus": given[1]})
+
+
 # ---- dying and failing actors
 
 
@@ -198,10 +210,13 @@ def test_errors_of_an_actor_are_those_of_a_local_run(
     monkeypatch.setattr(ray_engine, "Scorer", failing(KeyError("weight")))
     defect = invoke(*command)
     assert isinstance(defect.exception, RuntimeError) and "KeyError: 'weight'" in str(defect.exception)
+
+
+def test_a_file_that_a_reader_cannot_read_is_said(ray: Any, model: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nA cat.\n")
     (tmp_path / "b.csv").write_text("other\nA cat.\n")
-    files = ["score", f"{tmp_path}/*.csv", "--model", model, "--output", f"{tmp_path}/csv/", "--engine", "ray"]
-    unread = invoke(*files)
+    command = ["score", f"{tmp_path}/*.csv", "--model", model, "--output", f"{tmp_path}/out/", "--engine", "ray"]
+    unread = invoke(*command)
     assert unread.exit_code == 2 and "b.csv has no column 'text'" in unread.stderr, unread.stderr
 
 
