@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,8 +119,16 @@ def run(
         means = partial(in_ray, sink, job, workers, inputs)
     else:
         means = partial(engines.in_processes, sink, job, workers)
+
+    def opened() -> Iterator[tuple[str, Iterator[Row]]]:
+        if engine == "ray":
+            inputs.rows(0)  # for what may be wrong with it; others read, of whose progress the meter knows nothing
+            return
+        for number, name in enumerate(inputs.names):
+            yield name, inputs.rows(number, meter)
+
     return write(
-        ((name, inputs.rows(number, meter)) for number, name in enumerate(inputs.names)),
+        opened(),
         sink,
         output,
         quiet,
@@ -189,14 +197,13 @@ def write(
             if isinstance(sink, ShardFolder) and sink.damaged and not quiet:
                 say(f"{len(sink.damaged)} shards are lost or cut off and made again: {', '.join(sink.damaged[:5])}")
             inputs = iter(inputs)
-            inputs = chain([next(inputs)], inputs)  # what may be wrong with the first is found now
+            inputs = chain(list(islice(inputs, 1)), inputs)  # what may be wrong with the first is found now
             with engine(advance=advance) as computing:
                 begun = True
                 if isinstance(sink, ShardFolder):
                     if sink.remarks and not quiet:
                         say(f"{output} was begun with {'; '.join(sink.remarks)}: last digits may differ")
-                    cut = shards_of([] if computing.reads else inputs, sink.shard_rows, several=several)
-                    write_shards(cut, sink, computing.shards, advance)
+                    write_shards(shards_of(inputs, sink.shard_rows, several=several), sink, computing.shards, advance)
                 else:
                     rows = chain.from_iterable(rows for _, rows in inputs)
                     write_rows(rows, sink, computing.windows, advance, most, passing)

@@ -178,9 +178,9 @@ class ShardFolder:
         self.tally.add(Tally.of_entry(entry, kept=True))
         return entry
 
-    def finished(self) -> dict[str, str]:
-        """The digests of the shards that are there."""
-        return {name: one["texts_sha256"] for name, one in self._entries.items() if name not in self.damaged}
+    def digests(self) -> dict[str, str]:
+        """Of the rows of each shard of the manifest, those of damaged ones among them."""
+        return {name: entry["texts_sha256"] for name, entry in self._entries.items()}
 
     def paths(self) -> tuple[str, str]:
         """Of a shard's file when it is whole, and until then, ``{}`` standing for its name.

@@ -1,4 +1,4 @@
-"""Whole runs into folders: killed anywhere, in several processes, on Ray, short of memory or of disk."""
+"""Whole runs into folders: killed anywhere, in several processes, short of memory or of disk."""
 
 from __future__ import annotations
 
@@ -18,91 +18,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import sentences
-from typer.testing import CliRunner
+from runs import files_of, invoke, shards_of, start, text_file
 
 import mlmfast
-from mlmfast import cli, corpus, workers
+from mlmfast import corpus, workers
 from mlmfast.errors import MLMFastError
 from mlmfast.shards import ShardFolder
-
-# A run that kills itself: in the middle of the n-th write to a shard or to the manifest, or after so many seconds.
-DRIVER = """
-import os, signal, sys, threading, time
-from mlmfast import corpus, ledger, writers
-from mlmfast.cli import main
-
-corpus.WINDOW_ROWS = int(os.environ.get("WINDOW_ROWS", corpus.WINDOW_ROWS))
-kind, _, count = os.environ.get("KILL", "").partition(":")
-left = [float(count or 0)]
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-class Torn:
-    def __init__(self, stream):
-        self.stream = stream
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-    def write(self, content):
-        left[0] -= 1
-        if left[0] < 0 and content:
-            self.stream.write(content[:random_cut(content)])
-            self.stream.flush()
-            die()
-        return self.stream.write(content)
-
-def random_cut(content):
-    return int.from_bytes(os.urandom(4), "big") % len(content)
-
-if kind == "shard":
-    begin = writers.PartialFile.__init__
-    def init(self, *arguments):
-        begin(self, *arguments)
-        self._stream = Torn(self._stream)
-    writers.PartialFile.__init__ = init
-elif kind == "manifest":
-    write = ledger.Ledger._write
-    def torn(self, records):
-        self._stream, whole = Torn(self._stream), self._stream
-        write(self, records)
-        self._stream = whole
-    ledger.Ledger._write = torn
-elif kind == "settle":  # the file is whole, and has no name yet, or has it and no line in the manifest
-    settle = writers.settle
-    def dying(partial, target):
-        left[0] -= 0.5
-        if left[0] < 0:
-            die()
-        size = settle(partial, target)
-        left[0] -= 0.5
-        if left[0] < 0:
-            die()
-        return size
-    writers.settle = dying
-elif kind == "time":
-    threading.Thread(target=lambda: (time.sleep(left[0]), die()), daemon=True).start()
-main()
-"""
-
-
-def start(*arguments: str, code: str = DRIVER, **settings: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(mlmfast.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | settings
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def shards_of(folder: Path) -> dict[str, bytes]:
-    return {name: content for name, content in files_of(folder).items() if name.startswith("part-")}
 
 
 @pytest.fixture
@@ -114,11 +35,6 @@ def model(bert_folder: Path) -> str:
 def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what has been measured on this machine: the same for all processes of a test, and not the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-def text_file(path: Path, rows: int) -> Path:
-    path.write_text("\n".join(sentences(rows)) + "\n", encoding="utf-8")
-    return path
 
 
 # ---- killed
@@ -415,37 +331,3 @@ def test_a_full_disk_is_said_and_nothing_is_lost(model: str, tmp_path: Path, for
     assert again.returncode == 0 and "by an earlier run" in again.stderr
     assert start(*command, f"{tmp_path}/whole/").returncode == 0
     assert shards_of(tmp_path / "out") == shards_of(tmp_path / "whole")
-
-
-# ---- Ray
-
-
-@pytest.fixture(scope="module")
-def ray() -> Any:
-    found = pytest.importorskip("ray", reason='pip install "mlmfast[ray]"')
-    # Two busy actors on two CPUs would starve what reads.
-    found.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield found
-    found.shutdown()
-
-
-def test_ray_writes_what_one_process_writes(ray: Any, model: str, tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name, rows in (("a.txt", 45), ("b.txt", 7)):
-        text_file(folder / name, rows)
-    command = ["score", str(folder), "--model", model, "--shard-rows", "10", "--output"]
-    assert start(*command, f"{tmp_path}/one/").returncode == 0
-    found = invoke(*command, f"{tmp_path}/ray/", "--engine", "ray", "--workers", "2")
-    assert found.exit_code == 0 and "52 rows, 0 with an error" in found.stderr, found.stderr
-    assert shards_of(tmp_path / "ray") == shards_of(tmp_path / "one")
-    lost = tmp_path / "ray" / "part-00000-00001.jsonl"
-    lost.unlink()
-    again = invoke(*command, f"{tmp_path}/ray/", "--engine", "ray", "--workers", "2")
-    assert "52 rows (42 of them by an earlier run)" in again.stderr, again.stderr
-    assert shards_of(tmp_path / "ray") == shards_of(tmp_path / "one")
-    (folder / "b.txt").write_text("other\n")
-    changed = invoke(*command, f"{tmp_path}/ray/", "--engine", "ray")
-    assert changed.exit_code == 2 and "made from other rows" in changed.stderr
-    missing = invoke("score", str(folder), "--model", "no/such", "--output", f"{tmp_path}/none/", "--engine", "ray")
-    assert missing.exit_code == 2 and missing.stderr.startswith("mlmfast: no/such"), missing.stderr
