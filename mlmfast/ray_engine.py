@@ -32,7 +32,7 @@ from mlmfast.writers import Record, Tally
 # How often Ray starts an actor anew, and does a shard again: without a bound, a shard that kills whoever computes it is
 # computed for ever.
 RETRIES = 3
-# What errors are raised as again when they come from elsewhere.
+# What :func:`failure` calls an error, and what it is raised as again.
 KINDS: dict[str, type[Exception]] = {"own": MLMFastError, "file": OSError, "defect": RuntimeError}
 
 

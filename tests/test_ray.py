@@ -32,6 +32,7 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("RAY_ADDRESS", raising=False)
         yield
 
 
@@ -238,7 +239,8 @@ def test_another_ray_of_this_machine_is_not_joined(ray: Any, model: str, tmp_pat
     source = str(text_file(tmp_path / "corpus.txt", 5))
     folder = tempfile.mkdtemp(dir="/tmp")  # sockets lie in it, whose names may not be long
     try:
-        (Path(folder) / "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
         found = start(
             *("score", source, "--model", model, "--output", f"{tmp_path}/out/", "--engine", "ray"), RAY_TMPDIR=folder
         )
