@@ -38,14 +38,13 @@ class Computing:
     Attributes:
         generic: its own code computes it.
         windows: computes windows of rows; None where other processes do.
-        shards: computes shards of a folder; None where there is no folder.
-        reads: reads the rows, too, and passes over shards that are there: what is given to ``shards`` is not looked at.
+        shards: computes shards of a folder; None where there is no folder. On Ray they are read elsewhere, too, and
+            none are given to it.
     """
 
     generic: bool
     windows: Any = None
     shards: Any = None
-    reads: bool = False
 
 
 @contextmanager
