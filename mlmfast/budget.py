@@ -74,21 +74,26 @@ def free_memory(device: torch.device) -> int:
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an allocator gave up: torch has a class for it on accelerators, and only messages on the CPU."""
-    # Linux and macOS; Windows; oneDNN, which has no memory for the code that it makes for a product.
-    messages = ("can't allocate memory", "not enough memory", "could not create a primitive")
+    # Linux and macOS; Windows; oneDNN, which has no memory for the code that it makes for a product; C++.
+    messages = ("can't allocate memory", "not enough memory", "could not create a primitive", "bad_alloc")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         message in str(error) for message in messages
     )
 
 
-@cache
-def make_room() -> None:
-    """Lets what is freed on the CPU go back to the system from now on; for a process that has run out of memory once.
+def make_room(device: torch.device) -> None:
+    """Lets what is freed on the CPU go back to the system from now on; for a process that has run out of memory there.
 
     glibc keeps freed pieces of up to 32 MiB for itself once it has seen such, in a heap that small ones break up: where
     memory is limited no batch would fit any more, however small, and nothing else that takes memory on its own, such as
     oneDNN's code. It costs faulting in each large tensor anew. Elsewhere than under glibc nothing is changed.
     """
+    if device.type == "cpu":
+        _return_freed()
+
+
+@cache
+def _return_freed() -> None:
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, OWN_PIECE)

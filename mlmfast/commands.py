@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,27 +104,28 @@ def run(
     from mlmfast.shards import ShardFolder
 
     meter = Meter(inputs.files)
-    if engine not in ("local", "ray"):
-        raise RequestError(f"--engine {engine} is not known; choose local or ray")
-    if workers == 1 and engine == "local":
-        means: Any = partial(engines.in_this_process, sink, job.ready, job.columns, job.most)
-    elif not isinstance(sink, ShardFolder):
-        raise RequestError("several processes write into a folder: end --output in /")
-    elif engine == "ray":
+
+    def means(advance: Callable[[Tally], None]) -> AbstractContextManager[Computing]:
+        if engine not in ("local", "ray"):
+            raise RequestError(f"--engine {engine} is not known; choose local or ray")
+        if workers == 1 and engine == "local":
+            return engines.in_this_process(sink, job.ready, job.columns, job.most, advance=advance)
+        if not isinstance(sink, ShardFolder):
+            raise RequestError("several processes write into a folder: end --output in /")
+        if engine == "local":
+            return engines.in_processes(sink, job, workers, advance=advance)
         from mlmfast.ray_engine import in_ray
 
         if list(inputs.files) == ["-"]:
             raise RequestError("--engine ray reads files, not standard input")
-        means = partial(in_ray, sink, job, workers, inputs)
-    else:
-        means = partial(engines.in_processes, sink, job, workers)
+        return in_ray(sink, job, workers, inputs, advance=advance)
 
     def opened() -> Iterator[tuple[str, Iterator[Row]]]:
         if engine == "ray":
-            inputs.rows(0)  # for what may be wrong with it; others read, of whose progress the meter knows nothing
+            inputs.reader(0)()  # for what may be wrong with it; others read, of whose progress the meter knows nothing
             return
         for number, name in enumerate(inputs.names):
-            yield name, inputs.rows(number, meter)
+            yield name, inputs.reader(number)(meter=meter)
 
     return write(
         opened(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,9 +34,9 @@ WINDOW_COST = 1 << 22
 # Continuations take a pass a token, so what is lost by an interruption is kept small.
 GENERATED_ROWS = 64
 
-# So many rows that all fail are not at fault: something else is. A few may be, at the end of a shard.
-BLAMELESS = 8
-# What no text is the cause of.
+# So many rows one after the other that cannot be computed are not at fault: something else is.
+BLAMELESS = 32
+# What a text is hardly ever the cause of.
 DEFECTS = (TypeError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
 # Of a row at fault, in its error.
 UNCOMPUTED = "cannot be computed"
@@ -216,18 +217,18 @@ class Job:
         """Windows -> each with its records; texts are tokenised while the window before them is computed."""
         if self.generates:
             return one_by_one(partial(generate_window, lm, self.options))
-        return partial(scored, lm, self.options, ahead=self.ahead)
+        return scored(lm, self.options, self.ahead)
 
 
 def one_by_one(records_of: Callable[[Sequence[Row]], list[Record]]) -> Compute:
-    """Computes windows in turn; a row that fails costs no other."""
-    return lambda windows: ((window, isolated(records_of, window)) for window in windows)
+    """What computes windows in turn; a row that fails costs no other."""
+    isolated = Isolation(records_of)
+    return lambda windows: ((window, isolated(window)) for window in windows)
 
 
-def scored(
-    lm: MaskedLM, options: Mapping[str, Any], windows: Iterable[list[Row]], ahead: bool = True
-) -> Iterator[tuple[list[Row], list[Record]]]:
+def scored(lm: MaskedLM, options: Mapping[str, Any], ahead: bool = True) -> Compute:
     """The same for :func:`score_window`, each window read and tokenised while the one before it is computed."""
+    isolated = Isolation(partial(score_window, lm, options))
 
     def encode(window: list[Row]) -> list[EncodedText | TextError] | None:
         try:
@@ -237,56 +238,73 @@ def scored(
                 raise
             return None  # whose row it is shows when they are computed one by one
 
-    def records_of(window: Sequence[Row], encoded: Any = None) -> list[Record]:
-        return score_window(lm, options, window, encoded)
+    def compute(windows: Iterator[list[Row]]) -> Iterator[tuple[list[Row], list[Record]]]:
+        with ThreadPoolExecutor(1, "tokenizer") as pool:
+            waiting: deque[tuple[list[Row], Future[Any]]] = deque()
+            for window in chain(windows, [None]):
+                if window is not None:
+                    waiting.append((window, pool.submit(encode, window)))
+                if waiting and (len(waiting) > ahead or window is None):
+                    first, encoded = waiting.popleft()
+                    yield first, isolated(first, encoded.result())
 
-    with ThreadPoolExecutor(1, "tokenizer") as pool:
-        waiting: deque[tuple[list[Row], Future[Any]]] = deque()
-        for window in chain(windows, [None]):
-            if window is not None:
-                waiting.append((window, pool.submit(encode, window)))
-            if waiting and (len(waiting) > ahead or window is None):
-                first, encoded = waiting.popleft()
-                yield first, isolated(records_of, first, encoded.result())
+    return compute
 
 
-def isolated(records_of: Callable[..., list[Record]], window: Sequence[Row], *prepared: Any) -> list[Record]:
-    """The records of a window; if it fails, of its halves, down to the row that is at fault, which gets ``error``.
+class Isolation:
+    """Windows -> their records, one window after the other.
 
-    Raises:
-        MLMFastError: not one of :data:`BLAMELESS` rows has enough memory.
-        Exception: so many fail for another reason, so it is no row's fault; or it is one of :data:`DEFECTS`.
+    If one fails, its halves are computed, down to the row that is at fault, which gets ``error``. Where row after row
+    fails and none is computed between, no row is at fault.
+
+    Args:
+        records_of: computes some rows together; further arguments are those of the whole window.
     """
-    try:
-        return records_of(window, *prepared)
-    except BaseException as error:
-        failure = _of_a_row(error)
-    found = _apart(records_of, window, failure)
-    computed = [record for row, record in zip(window, found) if row.error is None]
-    if len(computed) < BLAMELESS or not all(UNCOMPUTED in record.get("error", "") for record in computed):
-        return found
-    if is_memory(failure):
-        raise MLMFastError(
-            "there is not enough memory for a single row: free some, or take a smaller model, or fewer --workers"
-        ) from failure
-    raise failure
 
+    def __init__(self, records_of: Callable[..., list[Record]]) -> None:
+        self._records_of = records_of
+        self._computed = False  # any row so far
+        self._failed = 0  # rows since
 
-def _apart(records_of: Callable[..., list[Record]], window: Sequence[Row], failure: BaseException) -> list[Record]:
-    """The records of a window that failed as a whole."""
-    if len(window) == 1:
-        text, kind = window[0].text, type(failure).__name__
-        reason = "there is not enough memory" if is_memory(failure) else f"{kind}: {failure}"
-        return [{"text": text, "error": f"{window[0].place} {UNCOMPUTED}: {reason}"}]
-    found: list[Record] = []
-    for half in (window[: len(window) // 2], window[len(window) // 2 :]):
+    def __call__(self, window: Sequence[Row], *prepared: Any) -> list[Record]:
+        """
+        Raises:
+            MLMFastError: not one of :data:`BLAMELESS` rows has enough memory.
+            Exception: what as many failed with; or the first, if it is one of :data:`DEFECTS`.
+        """
         try:
-            found += records_of(half)
-            continue
+            found, failure = self._records_of(window, *prepared), None
         except BaseException as error:
             failure = _of_a_row(error)
-        found += _apart(records_of, half, failure)
-    return found
+            found = self._apart(window, failure)
+        for record in found:
+            if "error" not in record:
+                self._computed, self._failed = True, 0
+            self._failed += UNCOMPUTED in record.get("error", "")
+        blameless = 1 if isinstance(failure, DEFECTS) and not self._computed else BLAMELESS
+        if failure is None or self._failed < blameless:
+            return found
+        if is_memory(failure):
+            raise MLMFastError(
+                "there is not enough memory for a single row: free some, or take a smaller model, or fewer --workers"
+            ) from failure
+        raise failure
+
+    def _apart(self, window: Sequence[Row], failure: BaseException) -> list[Record]:
+        """The records of a window that failed as a whole."""
+        if len(window) == 1:
+            text, kind = window[0].text, type(failure).__name__
+            reason = "there is not enough memory" if is_memory(failure) else f"{kind}: {failure}"
+            return [{"text": text, "error": f"{window[0].place} {UNCOMPUTED}: {reason}"}]
+        found: list[Record] = []
+        for half in (window[: len(window) // 2], window[len(window) // 2 :]):
+            try:
+                found += self._records_of(half)
+                continue
+            except BaseException as error:
+                failure = _of_a_row(error)
+            found += self._apart(half, failure)
+        return found
 
 
 def _of_a_row(error: BaseException) -> BaseException:
@@ -297,8 +315,8 @@ def _of_a_row(error: BaseException) -> BaseException:
 
 
 def is_rows_fault(error: BaseException) -> bool:
-    """Whether another row might do better: not where request, device or code is wrong."""
-    if isinstance(error, (MLMFastError, OSError, *DEFECTS)) or "CUDA error" in str(error):
+    """Whether another row might do better: not where the request is wrong, nor after an error of the device."""
+    if isinstance(error, (MLMFastError, OSError)) or re.search("(CUDA|HIP) error", str(error)):
         return False
     # What a tokenizer's own code panics with is no Exception.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"

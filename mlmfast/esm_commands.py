@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -255,7 +256,9 @@ def _write(
         lm = mlmfast.load(model, **loading)
         return lm, one_by_one(prepare(lm))
 
-    tally, _ = write([(source, rows)], sink, output, quiet, manner, partial(in_this_process, sink, ready, {}, None))
+    tally, _ = write(
+        [(Path(source).name, rows)], sink, output, quiet, manner, partial(in_this_process, sink, ready, {}, None)
+    )
     return tally
 
 

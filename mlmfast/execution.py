@@ -331,7 +331,7 @@ def run(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            make_room()
+            make_room(device)
             if graphs is not None and graphs.forget():  # what they held may be what was missing
                 waiting.append(batch)
             elif batch.copies > 1:
@@ -377,7 +377,7 @@ def _read(
     except (RuntimeError, MemoryError) as error:
         if (len(encoded) == 1 and encoded[0][0].copies == 1) or not out_of_memory(error):
             raise
-        make_room()
+        make_room(encoded[0][1].device)
     else:
         assert targets.order is not None
         yield targets.order, found

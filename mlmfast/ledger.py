@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -29,22 +29,33 @@ class Ledger:
         path: its file; its folder is made, too.
         settings: all that decides what the records are, in JSON's types.
         whole: what would have to be deleted to begin anew; None for the file alone.
+        binds: whether a record is finished work, which other settings must not be mixed with. Without any the ledger is
+            begun anew.
 
     Attributes:
         records: those of earlier runs, and what was added.
+        continued: an earlier run has begun it, with these settings.
 
     Raises:
         RequestError: it was begun with other settings, is in use, is no ledger, or is damaged within.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], whole: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        whole: Path | None = None,
+        binds: Callable[[Record], bool] = lambda record: True,
+    ) -> None:
         self.path = path
+        self.continued = False
         self._whole = whole or path
+        self._binds = binds
         self.records: list[Record] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("a+b")
         try:
-            _lock(self._stream, path)
+            lock(self._stream, path)
             if not path.exists() or not os.path.samestat(os.fstat(self._stream.fileno()), path.stat()):
                 raise RequestError(f"{path} was just given up by another run: try again")
             self._read(json.loads(json.dumps(settings)))
@@ -77,27 +88,29 @@ class Ledger:
                         "and what it held is computed again"
                     )
                 break  # a machine that lost power may leave anything; what came before it stands
-            if kept:
-                self._check(begun, settings)
+            if kept and begun == settings:
                 self.take([record])
+            elif kept:
+                self._check(record, begun, settings)
             else:
                 if not isinstance(record.get("settings"), dict):
                     raise self._foreign()
                 begun = record["settings"]
             kept += len(line)
-        if begun != settings:  # with nothing finished there is nothing to mix
+        self.continued = begun == settings
+        if not self.continued:  # with nothing finished there is nothing to mix
             kept = 0
         self._stream.truncate(kept)
         if not kept:
             self._write([{"settings": settings}])
 
-    def _check(self, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+    def _check(self, record: Record, begun: dict[str, Any], settings: dict[str, Any]) -> None:
         changed = [
             f"{name} was {begun.get(name)!r} and is now {settings.get(name)!r}"
             for name in dict.fromkeys([*begun, *settings])
             if begun.get(name) != settings.get(name)
         ]
-        if changed:
+        if self._binds(record):
             raise RequestError(
                 f"{self.path} was begun with other settings: {'; '.join(changed)}. Choose another --output, or delete "
                 f"{self._whole} to begin anew"
@@ -144,7 +157,7 @@ def parsed(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def _lock(stream: Any, path: Path) -> None:
+def lock(stream: Any, path: Path) -> None:
     """Two runs that wrote one file at once would cut each other's lines."""
     try:
         fcntl: Any = import_module("fcntl")

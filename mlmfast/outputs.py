@@ -59,10 +59,13 @@ def _rows_of(path: Path) -> Iterator[Record]:
 
     try:
         with path.open("rb") as stream:
-            for batch in pq.ParquetFile(stream).iter_batches():
+            file = pq.ParquetFile(stream)
+            # Of float32 the digits that read back as the same, as JSON Lines have them.
+            floats = {field.name for field in file.schema_arrow if field.type == pa.list_(pa.float32())}
+            for batch in file.iter_batches():
                 for row in batch.to_pylist():
-                    if row["logprobs"] is not None:  # the digits that read back as the same float32, as in JSON Lines
-                        row["logprobs"] = [float(str(x)) for x in np.float32(row["logprobs"])]
+                    for name in floats.intersection(name for name in row if row[name] is not None):
+                        row[name] = [float(str(x)) for x in np.float32(row[name])]
                     nullable = {"text"} if row.get("error") is not None else {"text", "perplexity"}
                     yield {name: value for name, value in row.items() if value is not None or name in nullable}
     except pa.ArrowException as error:

@@ -14,7 +14,7 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from typing import Any
 from mlmfast.corpus import Job
 from mlmfast.errors import MLMFastError, RequestError
 from mlmfast.readers import Row
-from mlmfast.shards import Shard, ShardFolder, shards_of
+from mlmfast.shards import Shard, ShardFolder, prefix, shards_in
 from mlmfast.sources import Inputs
 from mlmfast.workers import Advance, Computing, Worker, cores_of
 from mlmfast.writers import Record, Tally
@@ -227,7 +227,7 @@ def facts_there(job: Job, threads: int) -> Record:
     return Worker(job, threads).facts()
 
 
-def datasource(inputs: Inputs, shard_rows: int, digests: dict[str, str], damaged: frozenset[str]) -> Any:
+def datasource(inputs: Inputs, shard_rows: int, digests: dict[str, str], damaged: Collection[str]) -> Any:
     """A datasource of Ray's: a task a file, a row a shard, with its rows as JSON.
 
     Args:
@@ -236,41 +236,55 @@ def datasource(inputs: Inputs, shard_rows: int, digests: dict[str, str], damaged
         digests: of the shards of the manifest. They come without rows, for the digest to be compared.
         damaged: those among them that are made again; with rows, unless they are others by now.
     """
-    import pyarrow as pa
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
-    def read(number: int) -> Iterator[Any]:
-        try:
-            for shard in shards(number):
-                digest, content = shard.digest(), None
-                if shard.name not in digests or (shard.name in damaged and digest == digests[shard.name]):
-                    content = json.dumps([[row.index, row.text, row.error, row.input] for row in shard.rows])
-                yield table(name=shard.name, input=shard.input, digest=digest, rows=content)
-        except Exception as error:
-            yield table(failure=json.dumps(failure(error)))
+    # Each task is told of its own shards only: those of a corpus may be many, and so may its files.
+    own: dict[str, dict[str, str]] = {}
+    for name, digest in digests.items():
+        own.setdefault(name.rpartition("-")[0], {})[name] = digest
 
-    def shards(number: int) -> Iterator[Shard]:
-        before = [(name, ()) for name in inputs.names[:number]]  # so that the names of shards count
-        own = (inputs.names[number], inputs.rows(number))
-        return shards_of([*before, own], shard_rows, several=inputs.several)
-
-    def table(**values: str | None) -> Any:
-        names = ("name", "input", "digest", "rows", "failure")
-        return pa.table({name: pa.array([values.get(name)], pa.string()) for name in names})
+    def task(number: int) -> Any:
+        before = prefix(number, inputs.several).rpartition("-")[0]
+        known = own.get(before, {})
+        lost = known.keys() & set(damaged)
+        read = partial(shards_read, inputs.reader(number), inputs.names[number], before, shard_rows, known, lost)
+        nothing = {"num_rows": None, "size_bytes": None, "exec_stats": None}
+        return ReadTask(read, BlockMetadata(**nothing, input_files=(inputs.files[number],)))
 
     class Shards(Datasource):
         def get_read_tasks(self, parallelism: int, *arguments: Any, **options: Any) -> list[Any]:
-            nothing = {"num_rows": None, "size_bytes": None, "exec_stats": None}
-            return [
-                ReadTask(partial(read, number), BlockMetadata(**nothing, input_files=(file,)))
-                for number, file in enumerate(inputs.files)
-            ]
+            return [task(number) for number in range(len(inputs.files))]
 
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 
     return Shards()
+
+
+def shards_read(
+    read: Callable[[], Iterable[Row]],
+    input: str,
+    before: str,
+    shard_rows: int,
+    digests: dict[str, str],
+    damaged: Collection[str],
+) -> Iterator[Any]:
+    """A task: the shards of one file, ``before`` their numbers in names."""
+    import pyarrow as pa
+
+    def table(**values: str | None) -> Any:
+        names = ("name", "input", "digest", "rows", "failed")
+        return pa.table({name: pa.array([values.get(name)], pa.string()) for name in names})
+
+    try:
+        for shard in shards_in(input, read(), shard_rows, f"{before}-"):
+            digest, content = shard.digest(), None
+            if shard.name not in digests or (shard.name in damaged and digest == digests[shard.name]):
+                content = json.dumps([[row.index, row.text, row.error, row.input] for row in shard.rows])
+            yield table(name=shard.name, input=input, digest=digest, rows=content)
+    except Exception as error:
+        yield table(failed=json.dumps(failure(error)))
 
 
 class Scorer:
@@ -290,9 +304,9 @@ class Scorer:
 
         return pa.table({"entry": [json.dumps(self.entry(**one)) for one in batch.to_pylist()]})
 
-    def entry(self, name: str, input: str, digest: str, rows: str | None, failure: str | None) -> Record:
-        if failure is not None:
-            return json.loads(failure)
+    def entry(self, name: str, input: str, digest: str, rows: str | None, failed: str | None) -> Record:
+        if failed is not None:
+            return json.loads(failed)
         if rows is None:
             return {"kept": name, "input": input, "texts_sha256": digest}
         return self.failed or self.written(Shard(name, input, [Row(*row) for row in json.loads(rows)]))

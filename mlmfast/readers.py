@@ -89,6 +89,10 @@ class Malformed:
     text: str | None = None
 
 
+class _Empty(RequestError):
+    """A file without the row that tells of the others."""
+
+
 class _RowTooLong(Exception):
     """The record that is being read has passed MAX_ROW_CHARACTERS."""
 
@@ -129,7 +133,13 @@ class Meter:
 
 
 def read_rows(
-    source: str, *, format: str = "auto", field: str = "text", meter: Meter | None = None, name: str | None = None
+    source: str,
+    *,
+    format: str = "auto",
+    field: str = "text",
+    meter: Meter | None = None,
+    name: str | None = None,
+    lenient: bool = False,
 ) -> Iterator[Row]:
     """The rows of a file or of standard input.
 
@@ -140,13 +150,14 @@ def read_rows(
         field: the column (CSV, Parquet) or key (JSON Lines) that holds the text.
         meter: is told what is read.
         name: what rows and their errors call the file, where there are several; None for nothing.
+        lenient: a file in which no row can be read is one of such rows, and an empty one has none.
 
     Blank lines of JSON Lines and CSV are no rows; a blank line of a text is an empty row. A compressed file that turns
     out damaged ends with a row that says so.
 
     Raises:
         RequestError: before the first row, if the source cannot be read as asked: no such file, no such column, a
-            column of a text, no pyarrow for Parquet, or not one of the first rows can be read.
+            column of a text, no pyarrow for Parquet, or (unless ``lenient``) not one of the first rows can be read.
     """
     shown = "standard input" if source == "-" else source
     if field != "text" and format_of(source, format) == "text":
@@ -154,7 +165,9 @@ def read_rows(
             f"{shown} is read as text, a line each, and has no field {field!r}: say with --format what it is, or leave "
             "--field out"
         )
-    rows = _rows(source, format, field, meter, name)
+    rows = _rows(source, format, field, meter, name, lenient)
+    if lenient:
+        return rows
     lead = []
     for row in itertools.islice(rows, LEAD_ROWS):
         lead.append(row)
@@ -180,19 +193,23 @@ def format_of(source: str, format: str = "auto") -> str:
     return SUFFIXES.get(suffix.lower(), "text")
 
 
-def _rows(source: str, format: str, field: str, meter: Meter | None, name: str | None) -> Iterator[Row]:
+def _rows(source: str, format: str, field: str, meter: Meter | None, name: str | None, lenient: bool) -> Iterator[Row]:
     kind = format_of(source, format)
     meter = meter or Meter([])
     values = (_parquet_values if kind == "parquet" else _text_values)(source, kind, field, meter)
     for index in itertools.count():
         try:
             value = next(values, None)
+        except _Empty:
+            if not lenient:
+                raise
+            value = None
         except Exception as error:
             if not is_damage(error):
                 if isinstance(error, OSError):
                     raise RequestError(f"cannot read {source}: {error.strerror or error}") from error
                 raise
-            if index == 0:
+            if index == 0 and not lenient:
                 raise RequestError(f"cannot read {source}: {error}") from error
             # The file cannot be read past here; what came before it is scored, and this row says what is missing.
             value = Malformed(f"and all after it cannot be read, {name or 'the file'} is damaged: {error}")
@@ -373,7 +390,7 @@ def _csv_values(stream: TextIO, source: str, field: str, delimiter: str) -> Iter
     records = _csv_records(stream, delimiter)
     header = next(records, None)
     if header is None:
-        raise RequestError(f"{source} is empty: a CSV file begins with a row of column names")
+        raise _Empty(f"{source} is empty: a CSV file begins with a row of column names")
     if isinstance(header, Malformed):
         raise RequestError(f"{source}: the row of column names {header.reason}")
     if header.count(field) != 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,18 @@ def shards_of(inputs: Iterable[tuple[str, Iterable[Row]]], size: int, *, several
         several: names tell inputs apart, ``part-00001-00000``; else they count shards alone, ``part-00000``.
     """
     for number, (source, rows) in enumerate(inputs):
-        prefix = f"part-{number:05d}-" if several else "part-"
-        for part, chunk in enumerate(chunks(rows, size)):
-            yield Shard(f"{prefix}{part:05d}", source, chunk)
+        yield from shards_in(source, rows, size, prefix(number, several))
+
+
+def prefix(number: int, several: bool) -> str:
+    """What the names of an input's shards begin with."""
+    return f"part-{number:05d}-" if several else "part-"
+
+
+def shards_in(source: str, rows: Iterable[Row], size: int, prefix: str) -> Iterator[Shard]:
+    """Those of one input, as :func:`shards_of` cuts it."""
+    for part, chunk in enumerate(chunks(rows, size)):
+        yield Shard(f"{prefix}{part:05d}", source, chunk)
 
 
 def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
@@ -114,15 +124,21 @@ class ShardFolder:
         self.tally = Tally()
         self.remarks: list[str] = []
         self._made = not folder.exists()
-        if not (folder / MANIFEST).exists() and any(any(folder.glob(f"part-*.{one}")) for one in FORMATS):
-            raise RequestError(f"{folder} holds shards but no {MANIFEST}: delete them, or give another folder")
+        if not (folder / MANIFEST).exists() and self._files():
+            raise RequestError(f"{folder} holds shards but no {MANIFEST}: give another folder")
         self._request = request | {"shard_rows": shard_rows, "format": format}
-        self._ledger = Ledger(folder / MANIFEST, self._request, folder)
-        self._facts: Record = next((one["model"] for one in self._ledger.records if "model" in one), {})
-        self._bound = bool(self._facts)
+        self._ledger = Ledger(folder / MANIFEST, self._request, folder, lambda one: "model" not in one)
+        if not self._ledger.continued and self._files():  # of a run that was killed before it could note them
+            self._ledger.discard()
+            raise RequestError(f"{folder} holds shards of another request, unfinished: delete {folder} to begin anew")
+        # The last one counts: with nothing finished another model may take the folder.
+        self._facts: Record = {}
+        for one in self._ledger.records:
+            self._facts = one.get("model", self._facts)
         self._entries: dict[str, Record] = {}  # the last one of a name counts
         self._entries |= {one["shard"]: one for one in self._ledger.records if "shard" in one}
         self._seen: set[str] = set()
+        self._inputs: set[str] = set()
         self.damaged = [name for name, entry in self._entries.items() if not self._whole(entry)]
 
     def agree(self, facts: Record) -> Record:
@@ -137,7 +153,9 @@ class ShardFolder:
         Raises:
             RequestError: the folder was begun with other weights.
         """
-        if not self._bound:
+        known = self._facts
+        if not known or (not self._entries and known["weights"] != facts["weights"]):
+            self._ledger.add([{"model": facts}])
             self._facts = facts
         elif facts["weights"] != self._facts["weights"]:
             raise RequestError(
@@ -166,6 +184,7 @@ class ShardFolder:
         """The same for a shard of the manifest of which the rows are not at hand."""
         entry = self._entries[name]
         self._seen.add(name)
+        self._inputs.add(input)
         if entry["input"] != input:
             raise RequestError(
                 f"{self.folder / entry['file']} was made from {entry['input']}, and {input} is in its place now: files "
@@ -193,11 +212,10 @@ class ShardFolder:
 
     def add(self, entry: Record) -> None:
         """Keeps what :func:`written` says of a shard."""
-        # The model with the first: nothing that came to nothing binds another run.
-        self._ledger.add([entry] if self._bound else [{"model": self._facts}, entry])
-        self._bound = True
+        self._ledger.add([entry])
         self._entries[entry["shard"]] = entry
         self._seen.add(entry["shard"])
+        self._inputs.add(entry["input"])
         self.tally.add(Tally.of_entry(entry))
 
     def finish(self) -> None:
@@ -207,8 +225,16 @@ class ShardFolder:
             RequestError: the manifest has shards of rows that the input no longer has.
         """
         for name, entry in self._entries.items():
-            if name not in self._seen:
+            if name not in self._seen and entry["input"] in self._inputs:
                 raise self._changed(entry)
+            if name not in self._seen:
+                raise RequestError(
+                    f"{self.folder / entry['file']} was made from {entry['input']}, which the input no longer has: "
+                    "give another folder"
+                )
+        for path in self._files():
+            if path.stem not in self._entries:
+                raise RequestError(f"{path} is no shard of this input: delete it, and run the same command again")
         whole = {"complete": {"shards": len(self._entries), "rows": self.tally.rows, "errors": self.tally.errors}}
         if whole not in self._ledger.records[-1:]:
             self._ledger.add([whole])
@@ -218,13 +244,18 @@ class ShardFolder:
     def close(self) -> Path | None:
         """Lets go of the folder; returns it, None (and no folder that this run has made) if nothing is in it."""
         # Of an empty input, too, it has been said that it is complete.
-        if self._ledger.records or any(self.folder.glob("part-*")):
+        if any("model" not in one for one in self._ledger.records) or any(self.folder.glob("part-*")):
             self._ledger.close()
             return self.folder
         self._ledger.discard()
-        if self._made and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self._made:
+            with suppress(OSError):  # something else has come into it
+                self.folder.rmdir()
         return None
+
+    def _files(self) -> list[Path]:
+        """Whole shards, whoever has written them."""
+        return sorted(path for format in FORMATS for path in self.folder.glob(f"part-*.{format}"))
 
     def _whole(self, entry: Record) -> bool:
         path = self.folder / entry["file"]

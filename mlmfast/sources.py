@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from mlmfast.errors import RequestError
-from mlmfast.readers import COMPRESSIONS, SUFFIXES, Meter, Row, read_rows
+from mlmfast.readers import COMPRESSIONS, SUFFIXES, Row, read_rows
 from mlmfast.shards import MANIFEST
 
 
@@ -30,14 +36,14 @@ class Inputs:
     format: str = "auto"
     field: str = "text"
 
-    def rows(self, number: int, meter: Meter | None = None) -> Iterator[Row]:
-        """The rows of one file.
+    def reader(self, number: int) -> Callable[..., Iterator[Row]]:
+        """:func:`mlmfast.readers.read_rows` of one file, for whatever process; ``meter`` may be given.
 
-        Raises:
-            RequestError: as :func:`mlmfast.readers.read_rows`.
+        What is wrong with all files is found in the first. In the others what cannot be read are rows with ``error``.
         """
         name = self.names[number] if self.several else None
-        return read_rows(self.files[number], format=self.format, field=self.field, meter=meter, name=name)
+        form: Any = {"format": self.format, "field": self.field}
+        return partial(read_rows, self.files[number], **form, name=name, lenient=number > 0)
 
     def resolved(self) -> Inputs:
         """The same for a process that has another working directory."""
@@ -51,8 +57,9 @@ def inputs_of(source: str, format: str = "auto", field: str = "text", output: st
         source: a file, ``"-"``, a folder (of which every file below it is read that has a suffix of a known format or
             ``.txt``, or with another ``format`` than ``"auto"`` every file), or a pattern: ``*``, ``?``, ``[...]``,
             ``**`` for folders of any depth. A name that exists is no pattern. Names that begin with ``.`` or ``_``,
-            which other tools write beside their data, are left out of folders and patterns, and so is what lies in
-            ``output``; of folders also those below them that an earlier run has filled.
+            which other tools write beside their data, are left out of folders and patterns, and so are unfinished
+            outputs and what lies in ``output``; of folders also shards that a run has written, unless nothing else is
+            there.
         format, field: of :func:`mlmfast.readers.read_rows`.
         output: where the command writes.
 
@@ -64,25 +71,33 @@ def inputs_of(source: str, format: str = "auto", field: str = "text", output: st
         check_output(output, source)
         return Inputs([source if source == "-" else str(path)], [path.name], False, format, field)
     if path.is_dir():
-        root = path
-        found = [one for one in path.rglob("*") if _read_from_folders(one.relative_to(path), path, format)]
+        root, hidden = path, "._"
+        found = [one for one in path.rglob("*") if format != "auto" or _known(one)]
         missing = f"{source} holds no file" + (" of a known format: say which by --format" if format == "auto" else "")
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+        hidden = "" if any(part[0] == "_" for part in path.relative_to(root).parts) else "_"
         found = [Path(one) for one in glob.glob(str(path), recursive=True)]
         missing = f"no file fits {source}"
-    files = [one for one in found if one.is_file() and one.name[0] not in "._"]
-    if not files:
+    names = {one.relative_to(root): one for one in found if one.is_file() and one.suffix != ".partial"}
+    names = {name: one for name, one in names.items() if not any(part[0] in hidden for part in name.parts)}
+    if path.is_dir():
+        names = {name: one for name, one in names.items() if not _is_shard(one)} or names
+    if not names:
         raise RequestError(missing)
     if output != "-":
         target = Path(output).resolve()
-        for one in files:
-            check_output(output, str(one))
-        files = [one for one in files if target not in one.resolve().parents]
-        if not files:
+        folders = {one.resolve().parent for one in names.values()}
+        is_file = not output.endswith(("/", os.sep)) and not target.is_dir()
+        if is_file and _would_be_read(target, path, folders, format):
+            raise RequestError(f"--output {output} would be part of the input {source}: give a file elsewhere")
+        names = {name: one for name, one in names.items() if target not in one.resolve().parents}
+        if not names:
             raise RequestError(f"--output {output} holds the input {source}: give another folder")
-    names = {one.relative_to(root).as_posix(): str(one) for one in files}
-    return Inputs([names[name] for name in sorted(names)], sorted(names), True, format, field)
+    for one in names.values():
+        check_output(output, str(one))
+    ordered = sorted((name.as_posix(), str(one)) for name, one in names.items())
+    return Inputs([file for _, file in ordered], [name for name, _ in ordered], True, format, field)
 
 
 def absolute(source: str) -> str:
@@ -91,20 +106,34 @@ def absolute(source: str) -> str:
 
 
 def check_output(output: str, source: str) -> None:
-    """Refuses to write over what is read.
+    """Refuses to write over what is read, or to read what is written.
 
     Raises:
         RequestError: both are one file.
     """
-    if "-" not in (output, source) and Path(output).resolve() == Path(source).expanduser().resolve():
-        raise RequestError(f"--output {output} is the input")
+    if source == "-":
+        return
+    path = Path(source).expanduser()
+    if output != "-":
+        same = path.resolve() == Path(output).resolve()
+    else:
+        same = False
+        with suppress(OSError, ValueError):  # no such source; standard output that is no file
+            same = path.is_file() and os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    if same:
+        raise RequestError(f"{'standard output' if output == '-' else f'--output {output}'} is the input {source}")
 
 
-def _read_from_folders(name: Path, root: Path, format: str) -> bool:
-    """Whether a file below a folder is one of its inputs."""
-    if any(part[0] in "._" for part in name.parts) or (format == "auto" and not _known(name)):
-        return False
-    return not any((root / parent / MANIFEST).exists() for parent in name.parents if parent != Path())
+def _would_be_read(target: Path, source: Path, folders: set[Path], format: str) -> bool:
+    """Whether the next run would take an output for an input."""
+    if source.is_dir():
+        return source.resolve() in target.parents and (format != "auto" or _known(target))
+    return target.parent in folders and fnmatch(target.name, source.name)
+
+
+def _is_shard(path: Path) -> bool:
+    """Whether an earlier run has written it into a folder."""
+    return fnmatch(path.name, "part-*") and (path.parent / MANIFEST).exists()
 
 
 def _known(path: Path) -> bool:

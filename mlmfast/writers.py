@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from mlmfast.ledger import Record, parsed
+from mlmfast.ledger import Record, lock, parsed
 from mlmfast.readers import Row
 
 
@@ -135,6 +135,9 @@ class PartialFile:
     Args:
         target: what it will be.
         partial: what it is until then, in the same folder; if it exists, its records are offered to :meth:`take`.
+
+    Raises:
+        RequestError: another run is writing it.
     """
 
     def __init__(self, target: Path, partial: Path) -> None:
@@ -142,6 +145,11 @@ class PartialFile:
         self.partial = partial
         self.taking = partial.exists()
         self._stream = partial.open("r+b" if self.taking else "xb")
+        try:
+            lock(self._stream, target)
+        except BaseException:
+            self._stream.close()
+            raise
 
     def take(self, window: Sequence[Row]) -> list[Record] | None:
         """The next records, if they are whole and of these rows; else cuts the file there and returns None."""

@@ -155,6 +155,16 @@ def test_parquet_is_read_as_json_lines_are(bert_folder: Path, tmp_path: Path, mo
     assert refused.exit_code == 2 and "part-00001.jsonl is not as it was written" in refused.stderr
 
 
+def test_a_parquet_file_of_others_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for columns in ({"a": [1]}, {"text": ["x"], "logprobs": [["y"]]}, {"text": ["x"], "logprobs": [3]}):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        found = invoke("compare", f"{tmp_path}/a.parquet", f"{tmp_path}/a.parquet")
+        assert found.exit_code == 2 and "give an output of mlmfast score" in found.stderr, found.stderr
+
+
 def test_shards_come_in_the_order_of_numbers(tmp_path: Path) -> None:
     """More than the five digits that names are padded to."""
     manifest = [{"settings": {}}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlmfast
-from mlmfast import corpus, shards
+from mlmfast import corpus, ledger, shards
 from mlmfast.corpus import one_by_one, open_sink, score_window, windows, write_rows, write_shards
 from mlmfast.errors import MLMFastError, RequestError, TextError
 from mlmfast.fasta import FastaRow
@@ -346,7 +347,58 @@ def test_a_request_that_came_to_nothing_binds_nobody(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "_manifest").write_bytes(left)
     assert run(f"{tmp_path}/out/", WordModel()).rows == 30
-    assert manifest_of(tmp_path / "out")[0]["settings"]["model"] == "words"
+    assert manifest_of(tmp_path / "out")[:2] == [
+        {"settings": {"model": "words", "shard_rows": 10, "format": "jsonl"}},
+        {"model": FACTS},
+    ]
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_weights_may_change_before_the_first_shard(tmp_path: Path) -> None:
+    """And what was computed of it by the same weights is taken over, whatever the budget of batches is now."""
+    out = f"{tmp_path}/out/"
+    run(out, WordModel(dies_after=1), facts={"weights": "others", "batch_tokens": 1})
+    assert run(out, WordModel(dies_after=1), facts={"weights": "words", "batch_tokens": 2}) == tmp_path / "out"
+    model = WordModel()
+    run(out, model, TEXTS[:10], facts={"weights": "words", "batch_tokens": 3})
+    assert len(model.calls) == 2  # of three windows
+    told = [record["model"] for record in manifest_of(tmp_path / "out") if "model" in record]
+    assert [one["batch_tokens"] for one in told] == [1, 2]
+
+
+def test_shards_that_no_line_names_are_not_left_among_others(tmp_path: Path) -> None:
+    """A run was killed between a shard's name and its line; another request, or a shorter input, does not have it."""
+    out = f"{tmp_path}/out/"
+
+    def killed() -> None:
+        run(out, WordModel())
+        path = tmp_path / "out" / "_manifest"
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+
+    killed()
+    with pytest.raises(RequestError, match="holds shards of another request"):
+        run(out, WordModel(), request={"model": "others"})
+    shutil.rmtree(tmp_path / "out")
+    killed()
+    with pytest.raises(RequestError, match=r"part-00001.jsonl is no shard of this input: delete it"):
+        run(out, WordModel(), TEXTS[:10])
+    assert run(out, WordModel()).rows == 30
+
+
+def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl", reason="files are locked as POSIX does it")
+    first = open_sink(f"{tmp_path}/out.jsonl", {"model": "words"}, 10, io.BytesIO())
+    assert first.keeps(rows_of(["a"])) is None
+    with pytest.raises(RequestError, match="in use by another run"):
+        run(f"{tmp_path}/out.jsonl", WordModel())
+    first.close()
+
+
+def test_a_ledger_that_is_given_up_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run deletes it between its being opened and its being locked."""
+    monkeypatch.setattr(ledger, "lock", lambda stream, path: path.unlink())
+    with pytest.raises(RequestError, match="was just given up by another run"):
+        ledger.Ledger(tmp_path / "_manifest", {})
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -523,34 +575,34 @@ def test_a_poisoned_row_costs_no_other(tmp_path: Path, error: BaseException, sai
 
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("error", [ValueError("broken"), RuntimeError("CUDA error: device-side assert triggered")])
-def test_what_no_row_is_to_blame_for_ends_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    monkeypatch.setattr(corpus, "BLAMELESS", 4)
-    texts = ["poison"] * 8 if isinstance(error, ValueError) else ["fine", "poison", "fine"]
+def test_what_no_row_is_to_blame_for_ends_the_run(tmp_path: Path, error: Exception) -> None:
+    """Whatever other rows are at fault for themselves, and however windows are cut."""
+    texts = ["poison"] * 50 if isinstance(error, ValueError) else ["fine", "poison", "fine"]
+    texts[::5] = [""] * len(texts[::5])
     with pytest.raises(type(error), match=str(error)):
-        run(f"{tmp_path}/out/", Poisoned(error), texts)
+        run(f"{tmp_path}/out/", Poisoned(error), [*texts, "poison"])
     with pytest.raises(MLMFastError, match="not enough memory for a single row"):
-        run(f"{tmp_path}/short/", Poisoned(MemoryError()), ["poison"] * 8)
+        run(f"{tmp_path}/short/", Poisoned(MemoryError()), ["poison"] * corpus.BLAMELESS)
 
 
 def test_neighbours_at_fault_cost_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of which every row is at fault, and a last window of nothing else."""
     monkeypatch.setattr(corpus, "WINDOW_ROWS", 16)
     texts = [f"row {i}" for i in range(50)]
-    for i in (*range(4, 12), 48, 49):
+    for i in (*range(4, 20), 48, 49):
         texts[i] = "poison"
     tally = run(f"{tmp_path}/out/", Poisoned(ValueError("broken")), texts, shard_rows=50)
-    assert (tally.rows, tally.errors) == (50, 10)
+    assert (tally.rows, tally.errors) == (50, 18)
     found = lines(tmp_path / "out" / "part-00000.jsonl")
-    assert [i for i, record in enumerate(found) if "error" in record] == [*range(4, 12), 48, 49]
+    assert [i for i, record in enumerate(found) if "error" in record] == [*range(4, 20), 48, 49]
 
 
 @pytest.mark.parametrize("error", [TypeError("'NoneType' object is not iterable"), AttributeError("no such thing")])
-def test_a_defect_is_no_rows_fault(tmp_path: Path, error: Exception) -> None:
+def test_a_defect_is_no_rows_fault_unless_others_do_better(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)) as raised:
         run(f"{tmp_path}/out/", Poisoned(error), ["poison"])
     assert any(entry.name == "score" for entry in raised.traceback)  # where it happened can be told
+    assert run(f"{tmp_path}/out/", Poisoned(error), ["fine", "poison"]).errors == 1
 
 
 # ---- any text
@@ -594,7 +646,7 @@ def test_no_text_crashes_a_run(
             pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
     sink = open_sink(str(folder / "out.jsonl"), {}, 10, io.BytesIO())
     try:
-        tally = write_rows(read_rows(str(path)), sink, partial(corpus.scored, lm, {}))
+        tally = write_rows(read_rows(str(path)), sink, corpus.scored(lm, {}))
     except RequestError as error:
         sink.close()
         assert "no row can be read" in str(error)
@@ -614,7 +666,7 @@ def test_a_line_of_a_megabyte(lm: MaskedLM, tmp_path: Path) -> None:
     path.write_text("a cat\n" + "word " * 200_000 + "\na dog\n")
     for truncation, wrong in ((None, 1), ("right", 0)):
         sink = open_sink(str(tmp_path / "out.jsonl"), {"truncation": truncation}, 10, io.BytesIO())
-        tally = write_rows(read_rows(str(path)), sink, partial(corpus.scored, lm, {"truncation": truncation}))
+        tally = write_rows(read_rows(str(path)), sink, corpus.scored(lm, {"truncation": truncation}))
         assert (tally.rows, tally.errors) == (3, wrong)
         found = lines(tmp_path / "out.jsonl")
         assert ("error" in found[1]) == bool(wrong) and all("pll" in found[i] for i in (0, 2))

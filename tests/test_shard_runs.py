@@ -250,6 +250,21 @@ def test_a_model_that_cannot_be_read_is_no_matter_of_the_output(
     assert found.exit_code == 2 and "weights" in found.stderr and "cannot write" not in found.stderr
 
 
+def test_what_cannot_be_asked_leaves_nothing(model: str, tmp_path: Path) -> None:
+    source = str(text_file(tmp_path / "a.txt", 3))
+    found = invoke("score", source, "--model", model, "--engine", "spark", "--output", f"{tmp_path}/out/")
+    assert found.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def test_what_products_leave_behind_is_bounded(model: str, tmp_path: Path) -> None:
+    """Before the first of them; but not against the user's own setting."""
+    code = "import atexit, os\nfrom mlmfast import workers\nfrom mlmfast.cli import main\n"
+    code += "atexit.register(lambda: print([os.environ[name] for name in workers.PREPARED]))\nmain()"
+    command = ["score", str(text_file(tmp_path / "a.txt", 3)), "--model", model, "--output", f"{tmp_path}/out.jsonl"]
+    assert start(*command, code=code).stdout == "['128', '128']\n"
+    assert start(*command, code=code, LRU_CACHE_CAPACITY="7").stdout == "['7', '128']\n"
+
+
 def test_other_threads_are_told(model: str, tmp_path: Path) -> None:
     command = ["score", str(text_file(tmp_path / "a.txt", 3)), "--model", model, "--output", f"{tmp_path}/out/"]
     assert "begun with" not in start(*command).stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -81,14 +83,21 @@ def test_outputs_are_no_inputs(folder: Path) -> None:
     assert names_of(folder, str(folder)) == whole
     assert inputs_of(str(folder / "scores")).names == ["part-00000.jsonl"]  # which is asked for by name
     assert inputs_of(f"{folder}/*/part-*").names == ["scores/part-00000.jsonl"]
+    (folder / "scores" / "own.txt").write_text("row")
+    assert "scores/own.txt" in names_of(folder, str(folder))
+    (folder / "a.txt.1234.partial").write_text("{}")
+    assert "a.txt.1234.partial" not in names_of(folder, f"{folder}/*") + names_of(folder, str(folder), "text")
     for source, output, said in (
         (str(folder), f"{folder}/", "holds the input"),
         (f"{folder}/*.txt", str(folder), "holds the input"),
-        (str(folder), f"{folder}/a.txt", "is the input"),
+        (str(folder), f"{folder}/a.txt", "would be part of the input"),
+        (str(folder), f"{folder}/deep/new.jsonl", "would be part of the input"),
+        (f"{folder}/*", f"{folder}/new", "would be part of the input"),
         (f"{folder}/a.txt", f"{folder}/a.txt", "is the input"),
     ):
         with pytest.raises(RequestError, match=said):
             inputs_of(source, output=output)
+    assert inputs_of(f"{folder}/*.txt", output=f"{folder}/new.jsonl").names == ["a.txt", "x[1].txt"]
     assert inputs_of(f"{folder}/a.txt", output=f"{folder}/").names == ["a.txt"]
 
 
@@ -133,6 +142,38 @@ def test_a_meter_tells_how_many_rows_there_may_be(tmp_path: Path, kind: str) -> 
             if row.index == 20_000:
                 assert meter.total() == pytest.approx(80_000, rel=0.15)  # files are read in blocks
     assert seen == meter.rows == meter.total() == 80_000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are told apart as POSIX does it")
+def test_standard_output_is_no_input(folder: Path) -> None:
+    """`mlmfast score folder/ > folder/out.jsonl` would read what it writes."""
+    code = f"from mlmfast.sources import inputs_of; inputs_of({str(folder)!r})"
+    for name, status in (("out.jsonl", 1), ("out.log", 0)):
+        with (folder / name).open("wb") as stream:
+            found = subprocess.run([sys.executable, "-c", code], stdout=stream, stderr=subprocess.PIPE, text=True)
+        assert found.returncode == status and ("standard output is the input" in found.stderr) == bool(status)
+
+
+def test_names_that_begin_with_a_line_are_read_where_a_pattern_says_so(folder: Path) -> None:
+    (folder / "_raw").mkdir()
+    (folder / "_raw" / "_c.txt").write_text("row")
+    assert names_of(folder, f"{folder}/**/*.txt") == ["a.txt", "x[1].txt"]
+    assert names_of(folder, f"{folder}/*/_*.txt") == ["_raw/_c.txt"]
+
+
+def test_a_file_that_cannot_be_read_costs_no_other(tmp_path: Path) -> None:
+    """But the first one: what is wrong with it may be wrong with all."""
+    for name, content in (("a.jsonl", b'{"text": "fine"}\n'), ("b.jsonl", b"{torn\n"), ("c.csv", b"")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "d.txt.gz").write_bytes(b"no gzip")
+    inputs = inputs_of(str(tmp_path))
+    found = [list(inputs.reader(number)()) for number in range(4)]
+    assert [len(rows) for rows in found] == [1, 1, 0, 1]
+    assert found[1][0].error.startswith("row 1 of b.jsonl is not JSON")
+    assert found[3][0].error.startswith("row 1 of d.txt.gz and all after it cannot be read, d.txt.gz is damaged")
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(RequestError, match=r"b\.jsonl: no row can be read"):
+        inputs_of(str(tmp_path)).reader(0)()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX has named pipes")

@@ -358,6 +358,20 @@ def test_pppl_command(folder: str, lm: MaskedLM, tmp_path: Path) -> None:
     assert "3 rows, 2 with an error" in result.stderr
 
 
+def test_a_folder_goes_on_however_its_input_is_named(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.fasta").write_text(">a\nMKV\n>b\nMK\n")
+    command = ["--model", folder, "--output", "out/"]
+    assert invoke("pppl", "p.fasta", *command).exit_code == 0
+    for name in ("./p.fasta", f"{tmp_path}/p.fasta"):
+        again = invoke("pppl", name, *command)
+        assert again.exit_code == 0 and "2 rows (2 of them by an earlier run)" in again.stderr, again.stderr
+    Path("p.fasta").write_text(">other name\nMKV\n>b\nMK\n")
+    assert "made from other rows than p.fasta now has" in invoke("pppl", "p.fasta", *command).stderr
+
+
 def test_a_damaged_file(folder: str, tmp_path: Path) -> None:
     """What came before the damage is computed, as with text files."""
     whole = "".join(f">p{i}\n{''.join(np.random.default_rng(i).choice(list(WILD), 40))}\n" for i in range(200))
