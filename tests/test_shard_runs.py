@@ -309,7 +309,7 @@ def test_too_little_memory_halves_batches(tmp_path: Path) -> None:
     source = str(text_file(tmp_path / "corpus.txt", 400))
     command = ["score", source, "--model", "tiny", "--batch-tokens", "60000", "--backend", "reference", "--output"]
     found = {}
-    for name, room in (("plenty", "0"), ("short", "120")):
+    for name, room in (("plenty", "0"), ("short", "200")):
         ran = start(*command, f"{tmp_path}/{name}/", room, code=SHORT_OF_MEMORY)
         assert ran.returncode == 0, ran.stderr[-2000:]
         lines = (tmp_path / name / "part-00000.jsonl").read_text().splitlines()
