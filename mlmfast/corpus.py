@@ -34,10 +34,8 @@ WINDOW_COST = 1 << 22
 # Continuations take a pass a token, so what is lost by an interruption is kept small.
 GENERATED_ROWS = 64
 
-# So many rows one after the other that cannot be computed are not at fault: something else is.
-BLAMELESS = 32
-# What a text is hardly ever the cause of.
-DEFECTS = (TypeError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError)
+# What is computed to see whether a model computes anything, before any row has been.
+PROBE = "A"
 # Of a row at fault, in its error.
 UNCOMPUTED = "cannot be computed"
 
@@ -254,8 +252,8 @@ def scored(lm: MaskedLM, options: Mapping[str, Any], ahead: bool = True) -> Comp
 class Isolation:
     """Windows -> their records, one window after the other.
 
-    If one fails, its halves are computed, down to the row that is at fault, which gets ``error``. Where row after row
-    fails and none is computed between, no row is at fault.
+    If one fails, its halves are computed, down to the row that is at fault, which gets ``error``; unless a row that has
+    been computed before fails now, too: then no row is at fault.
 
     Args:
         records_of: computes some rows together; further arguments are those of the whole window.
@@ -263,32 +261,36 @@ class Isolation:
 
     def __init__(self, records_of: Callable[..., list[Record]]) -> None:
         self._records_of = records_of
-        self._computed = False  # any row so far
-        self._failed = 0  # rows since
+        self._good = Row(0, PROBE)
 
     def __call__(self, window: Sequence[Row], *prepared: Any) -> list[Record]:
         """
         Raises:
-            MLMFastError: not one of :data:`BLAMELESS` rows has enough memory.
-            Exception: what as many failed with; or the first, if it is one of :data:`DEFECTS`.
+            MLMFastError: there is not enough memory even for a row that there was enough for.
+            Exception: what the window failed with, where no row is at fault.
         """
         try:
-            found, failure = self._records_of(window, *prepared), None
+            found = self._records_of(window, *prepared)
         except BaseException as error:
             failure = _of_a_row(error)
+            self._check(failure)
             found = self._apart(window, failure)
-        for record in found:
-            if "error" not in record:
-                self._computed, self._failed = True, 0
-            self._failed += UNCOMPUTED in record.get("error", "")
-        blameless = 1 if isinstance(failure, DEFECTS) and not self._computed else BLAMELESS
-        if failure is None or self._failed < blameless:
-            return found
-        if is_memory(failure):
-            raise MLMFastError(
-                "there is not enough memory for a single row: free some, or take a smaller model, or fewer --workers"
-            ) from failure
-        raise failure
+        good = (row for row, record in zip(window, found) if "error" not in record)
+        self._good = next(good, self._good)
+        return found
+
+    def _check(self, failure: BaseException) -> None:
+        """Raises what a window failed with if a row fails, too, that should not."""
+        try:
+            self._records_of([self._good])
+        except BaseException as error:
+            _of_a_row(error)
+            if is_memory(failure):
+                raise MLMFastError(
+                    "there is not enough memory for a single row: free some, or take a smaller model, or fewer "
+                    "--workers"
+                ) from failure
+            raise failure from None
 
     def _apart(self, window: Sequence[Row], failure: BaseException) -> list[Record]:
         """The records of a window that failed as a whole."""

@@ -34,7 +34,6 @@ class Ledger:
 
     Attributes:
         records: those of earlier runs, and what was added.
-        continued: an earlier run has begun it, with these settings.
 
     Raises:
         RequestError: it was begun with other settings, is in use, is no ledger, or is damaged within.
@@ -48,7 +47,6 @@ class Ledger:
         binds: Callable[[Record], bool] = lambda record: True,
     ) -> None:
         self.path = path
-        self.continued = False
         self._whole = whole or path
         self._binds = binds
         self.records: list[Record] = []
@@ -56,8 +54,6 @@ class Ledger:
         self._stream = path.open("a+b")
         try:
             lock(self._stream, path)
-            if not path.exists() or not os.path.samestat(os.fstat(self._stream.fileno()), path.stat()):
-                raise RequestError(f"{path} was just given up by another run: try again")
             self._read(json.loads(json.dumps(settings)))
         except BaseException:
             self._stream.close()
@@ -75,7 +71,7 @@ class Ledger:
     def _read(self, settings: dict[str, Any]) -> None:
         self._stream.seek(0)
         kept = 0
-        begun: dict[str, Any] = {}
+        changed: list[str] = []
         for number, line in enumerate(self._stream, 1):
             record = parsed(line)
             if record is None:
@@ -88,33 +84,32 @@ class Ledger:
                         "and what it held is computed again"
                     )
                 break  # a machine that lost power may leave anything; what came before it stands
-            if kept and begun == settings:
+            if kept and not changed:
                 self.take([record])
             elif kept:
-                self._check(record, begun, settings)
+                if self._binds(record):
+                    raise self._other(changed)
             else:
                 if not isinstance(record.get("settings"), dict):
                     raise self._foreign()
                 begun = record["settings"]
+                changed = [
+                    f"{name} was {begun.get(name)!r} and is now {settings.get(name)!r}"
+                    for name in dict.fromkeys([*begun, *settings])
+                    if begun.get(name) != settings.get(name)
+                ]
             kept += len(line)
-        self.continued = begun == settings
-        if not self.continued:  # with nothing finished there is nothing to mix
+        if changed:  # with nothing finished there is nothing to mix
             kept = 0
         self._stream.truncate(kept)
         if not kept:
             self._write([{"settings": settings}])
 
-    def _check(self, record: Record, begun: dict[str, Any], settings: dict[str, Any]) -> None:
-        changed = [
-            f"{name} was {begun.get(name)!r} and is now {settings.get(name)!r}"
-            for name in dict.fromkeys([*begun, *settings])
-            if begun.get(name) != settings.get(name)
-        ]
-        if self._binds(record):
-            raise RequestError(
-                f"{self.path} was begun with other settings: {'; '.join(changed)}. Choose another --output, or delete "
-                f"{self._whole} to begin anew"
-            )
+    def _other(self, changed: list[str]) -> RequestError:
+        return RequestError(
+            f"{self.path} was begun with other settings: {'; '.join(changed)}. Choose another --output, or delete "
+            f"{self._whole} to begin anew"
+        )
 
     def _foreign(self) -> RequestError:
         return RequestError(f"{self.path} is there and was not written by mlmfast: choose another --output")
@@ -158,7 +153,11 @@ def parsed(line: bytes) -> Record | None:
 
 
 def lock(stream: Any, path: Path) -> None:
-    """Two runs that wrote one file at once would cut each other's lines."""
+    """Two runs that wrote one file at once would cut each other's lines.
+
+    Raises:
+        RequestError: another run holds it, or has just deleted or renamed it.
+    """
     try:
         fcntl: Any = import_module("fcntl")
     except ImportError:  # Windows
@@ -169,3 +168,5 @@ def lock(stream: Any, path: Path) -> None:
         raise RequestError(f"{path} is in use by another run: wait for it") from None
     except OSError:  # a file system without locks
         return
+    if not path.exists() or not os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+        raise RequestError(f"{path} was in use by another run, which has ended just now: try again")

@@ -227,7 +227,7 @@ def facts_there(job: Job, threads: int) -> Record:
     return Worker(job, threads).facts()
 
 
-def datasource(inputs: Inputs, shard_rows: int, digests: dict[str, str], damaged: Collection[str]) -> Any:
+def datasource(inputs: Inputs, shard_rows: int, digests: dict[str, str], damaged: frozenset[str]) -> Any:
     """A datasource of Ray's: a task a file, a row a shard, with its rows as JSON.
 
     Args:
@@ -247,7 +247,7 @@ def datasource(inputs: Inputs, shard_rows: int, digests: dict[str, str], damaged
     def task(number: int) -> Any:
         before = prefix(number, inputs.several).rpartition("-")[0]
         known = own.get(before, {})
-        lost = known.keys() & set(damaged)
+        lost = known.keys() & damaged
         read = partial(shards_read, inputs.reader(number), inputs.names[number], before, shard_rows, known, lost)
         nothing = {"num_rows": None, "size_bytes": None, "exec_stats": None}
         return ReadTask(read, BlockMetadata(**nothing, input_files=(inputs.files[number],)))

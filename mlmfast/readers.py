@@ -89,10 +89,6 @@ class Malformed:
     text: str | None = None
 
 
-class _Empty(RequestError):
-    """A file without the row that tells of the others."""
-
-
 class _RowTooLong(Exception):
     """The record that is being read has passed MAX_ROW_CHARACTERS."""
 
@@ -150,7 +146,8 @@ def read_rows(
         field: the column (CSV, Parquet) or key (JSON Lines) that holds the text.
         meter: is told what is read.
         name: what rows and their errors call the file, where there are several; None for nothing.
-        lenient: a file in which no row can be read is one of such rows, and an empty one has none.
+        lenient: a file in which nothing can be read is a row with ``error``; but where the machine is at fault, that is
+            raised all the same.
 
     Blank lines of JSON Lines and CSV are no rows; a blank line of a text is an empty row. A compressed file that turns
     out damaged ends with a row that says so.
@@ -159,12 +156,6 @@ def read_rows(
         RequestError: before the first row, if the source cannot be read as asked: no such file, no such column, a
             column of a text, no pyarrow for Parquet, or (unless ``lenient``) not one of the first rows can be read.
     """
-    shown = "standard input" if source == "-" else source
-    if field != "text" and format_of(source, format) == "text":
-        raise RequestError(
-            f"{shown} is read as text, a line each, and has no field {field!r}: say with --format what it is, or leave "
-            "--field out"
-        )
     rows = _rows(source, format, field, meter, name, lenient)
     if lenient:
         return rows
@@ -174,6 +165,7 @@ def read_rows(
         if row.text is not None:
             break
     if lead and all(row.text is None for row in lead):
+        shown = "standard input" if source == "-" else source
         raise RequestError(f"{shown}: no row can be read: {lead[0].error}")
     return itertools.chain(lead, rows)
 
@@ -200,10 +192,11 @@ def _rows(source: str, format: str, field: str, meter: Meter | None, name: str |
     for index in itertools.count():
         try:
             value = next(values, None)
-        except _Empty:
-            if not lenient:
+        except RequestError as error:
+            if not lenient or isinstance(error.__cause__, OSError):
                 raise
-            value = None
+            value = Malformed(f"cannot be read: {str(error).replace(source, name or source)}")
+            values = iter(())
         except Exception as error:
             if not is_damage(error):
                 if isinstance(error, OSError):
@@ -268,6 +261,11 @@ def opened(source: str, newline: str | None, meter: Meter | None = None) -> Iter
 
 
 def _text_values(source: str, kind: str, field: str, meter: Meter) -> Iterator[str | Malformed]:
+    if kind == "text" and field != "text":
+        raise RequestError(
+            f"{'standard input' if source == '-' else source} is read as text, a line each, and has no field "
+            f"{field!r}: say with --format what it is, or leave --field out"
+        )
     # csv wants the line ends inside quotes as they are.
     with opened(source, "" if kind in ("csv", "tsv") else None, meter) as stream:
         if kind == "text":
@@ -390,7 +388,7 @@ def _csv_values(stream: TextIO, source: str, field: str, delimiter: str) -> Iter
     records = _csv_records(stream, delimiter)
     header = next(records, None)
     if header is None:
-        raise _Empty(f"{source} is empty: a CSV file begins with a row of column names")
+        raise RequestError(f"{source} is empty: a CSV file begins with a row of column names")
     if isinstance(header, Malformed):
         raise RequestError(f"{source}: the row of column names {header.reason}")
     if header.count(field) != 1:

@@ -127,10 +127,10 @@ class ShardFolder:
         if not (folder / MANIFEST).exists() and self._files():
             raise RequestError(f"{folder} holds shards but no {MANIFEST}: give another folder")
         self._request = request | {"shard_rows": shard_rows, "format": format}
-        self._ledger = Ledger(folder / MANIFEST, self._request, folder, lambda one: "model" not in one)
-        if not self._ledger.continued and self._files():  # of a run that was killed before it could note them
-            self._ledger.discard()
-            raise RequestError(f"{folder} holds shards of another request, unfinished: delete {folder} to begin anew")
+        # Shards there may be before a line names them, when a run was killed just then.
+        self._ledger = Ledger(
+            folder / MANIFEST, self._request, folder, lambda one: "model" not in one or bool(self._files())
+        )
         # The last one counts: with nothing finished another model may take the folder.
         self._facts: Record = {}
         for one in self._ledger.records:
@@ -229,12 +229,15 @@ class ShardFolder:
                 raise self._changed(entry)
             if name not in self._seen:
                 raise RequestError(
-                    f"{self.folder / entry['file']} was made from {entry['input']}, which the input no longer has: "
-                    "give another folder"
+                    f"{self.folder / entry['file']} was made from {entry['input']}, of which the input has nothing "
+                    "any more: give another folder"
                 )
-        for path in self._files():
-            if path.stem not in self._entries:
-                raise RequestError(f"{path} is no shard of this input: delete it, and run the same command again")
+        foreign = [path.name for path in self._files() if path.stem not in self._entries]
+        if foreign:
+            raise RequestError(
+                f"{self.folder} holds files that are no shards of this input: delete {', '.join(foreign)}, and run the "
+                "same command again"
+            )
         whole = {"complete": {"shards": len(self._entries), "rows": self.tally.rows, "errors": self.tally.errors}}
         if whole not in self._ledger.records[-1:]:
             self._ledger.add([whole])

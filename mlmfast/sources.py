@@ -39,7 +39,7 @@ class Inputs:
     def reader(self, number: int) -> Callable[..., Iterator[Row]]:
         """:func:`mlmfast.readers.read_rows` of one file, for whatever process; ``meter`` may be given.
 
-        What is wrong with all files is found in the first. In the others what cannot be read are rows with ``error``.
+        What is wrong with all files is found in the first. Of the others what cannot be read is a row with ``error``.
         """
         name = self.names[number] if self.several else None
         form: Any = {"format": self.format, "field": self.field}
@@ -57,9 +57,9 @@ def inputs_of(source: str, format: str = "auto", field: str = "text", output: st
         source: a file, ``"-"``, a folder (of which every file below it is read that has a suffix of a known format or
             ``.txt``, or with another ``format`` than ``"auto"`` every file), or a pattern: ``*``, ``?``, ``[...]``,
             ``**`` for folders of any depth. A name that exists is no pattern. Names that begin with ``.`` or ``_``,
-            which other tools write beside their data, are left out of folders and patterns, and so are unfinished
-            outputs and what lies in ``output``; of folders also shards that a run has written, unless nothing else is
-            there.
+            which other tools write beside their data, are left out of folders, and of patterns that have no such name
+            in them; and so are unfinished outputs and what lies in ``output``; of folders also shards that a run has
+            written, unless nothing else is there.
         format, field: of :func:`mlmfast.readers.read_rows`.
         output: where the command writes.
 
@@ -79,7 +79,11 @@ def inputs_of(source: str, format: str = "auto", field: str = "text", output: st
         hidden = "" if any(part[0] == "_" for part in path.relative_to(root).parts) else "_"
         found = [Path(one) for one in glob.glob(str(path), recursive=True)]
         missing = f"no file fits {source}"
-    names = {one.relative_to(root): one for one in found if one.is_file() and one.suffix != ".partial"}
+    names = {
+        one.relative_to(root): one
+        for one in found
+        if one.is_file() and one.suffix != ".partial" and one.name != MANIFEST
+    }
     names = {name: one for name, one in names.items() if not any(part[0] in hidden for part in name.parts)}
     if path.is_dir():
         names = {name: one for name, one in names.items() if not _is_shard(one)} or names
@@ -87,11 +91,15 @@ def inputs_of(source: str, format: str = "auto", field: str = "text", output: st
         raise RequestError(missing)
     if output != "-":
         target = Path(output).resolve()
-        folders = {one.resolve().parent for one in names.values()}
+        folders = {one.parent.resolve() for one in names.values()}  # not where a link leads
         is_file = not output.endswith(("/", os.sep)) and not target.is_dir()
         if is_file and _would_be_read(target, path, folders, format):
             raise RequestError(f"--output {output} would be part of the input {source}: give a file elsewhere")
-        names = {name: one for name, one in names.items() if target not in one.resolve().parents}
+        names = {
+            name: one
+            for name, one in names.items()
+            if target not in (one.parent.resolve(), *one.parent.resolve().parents)
+        }
         if not names:
             raise RequestError(f"--output {output} holds the input {source}: give another folder")
     for one in names.values():
@@ -127,7 +135,9 @@ def check_output(output: str, source: str) -> None:
 def _would_be_read(target: Path, source: Path, folders: set[Path], format: str) -> bool:
     """Whether the next run would take an output for an input."""
     if source.is_dir():
-        return source.resolve() in target.parents and (format != "auto" or _known(target))
+        if source.resolve() not in target.parents or not (format != "auto" or _known(target)):
+            return False
+        return not any(part[0] in "._" for part in target.relative_to(source.resolve()).parts)
     return target.parent in folders and fnmatch(target.name, source.name)
 
 

@@ -146,7 +146,7 @@ class PartialFile:
         self.taking = partial.exists()
         self._stream = partial.open("r+b" if self.taking else "xb")
         try:
-            lock(self._stream, target)
+            lock(self._stream, partial)
         except BaseException:
             self._stream.close()
             raise

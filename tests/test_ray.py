@@ -213,12 +213,16 @@ def test_errors_of_an_actor_are_those_of_a_local_run(
     assert isinstance(defect.exception, RuntimeError) and "KeyError: 'weight'" in str(defect.exception)
 
 
-def test_a_file_that_a_reader_cannot_read_is_said(ray: Any, model: str, tmp_path: Path) -> None:
+def test_a_file_that_a_reader_cannot_read_is_a_row_with_an_error(ray: Any, model: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nA cat.\n")
     (tmp_path / "b.csv").write_text("other\nA cat.\n")
-    command = ["score", f"{tmp_path}/*.csv", "--model", model, "--output", f"{tmp_path}/out/", "--engine", "ray"]
-    unread = invoke(*command)
-    assert unread.exit_code == 2 and "b.csv has no column 'text'" in unread.stderr, unread.stderr
+    command = ["score", f"{tmp_path}/*.csv", "--model", model, "--output"]
+    unread = invoke(*command, f"{tmp_path}/ray/", "--engine", "ray")
+    assert unread.exit_code == 1 and "2 rows, 1 with an error" in unread.stderr, unread.stderr
+    assert start(*command, f"{tmp_path}/one/").returncode == 1
+    assert shards_of(tmp_path / "ray") == shards_of(tmp_path / "one")
+    record = json.loads((tmp_path / "ray" / "part-00001-00000.jsonl").read_text())
+    assert record["error"].startswith("row 1 of b.csv cannot be read: b.csv has no column 'text'")
 
 
 def test_an_error_of_ray_without_a_message_is_told_by_its_name() -> None:

@@ -168,7 +168,8 @@ def test_a_file_that_cannot_be_read_costs_no_other(tmp_path: Path) -> None:
     (tmp_path / "d.txt.gz").write_bytes(b"no gzip")
     inputs = inputs_of(str(tmp_path))
     found = [list(inputs.reader(number)()) for number in range(4)]
-    assert [len(rows) for rows in found] == [1, 1, 0, 1]
+    assert [len(rows) for rows in found] == [1, 1, 1, 1]
+    assert found[2][0].error.startswith("row 1 of c.csv cannot be read: c.csv is empty")
     assert found[1][0].error.startswith("row 1 of b.jsonl is not JSON")
     assert found[3][0].error.startswith("row 1 of d.txt.gz and all after it cannot be read, d.txt.gz is damaged")
     (tmp_path / "a.jsonl").unlink()
