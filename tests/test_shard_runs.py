@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,19 +67,16 @@ def test_twenty_kills(model: str, tmp_path: Path) -> None:
     draw = random.Random(0)
     kinds = [*(["shard"] * 8), *(["manifest"] * 6), *(["settle"] * 3), *(["time"] * 3)]
     draw.shuffle(kinds)
-    killed = 0
     for kind in kinds:
-        count = (
-            draw.uniform(3, 8)
-            if kind == "time"
-            else draw.choice([0, 0.5, 1])
-            if kind == "settle"
-            else draw.randrange(2)
-        )
-        died = start(*command, f"{tmp_path}/out/", KILL=f"{kind}:{count}")
-        assert died.returncode in (0, -signal.SIGKILL), died.stderr
-        killed += died.returncode != 0
-    assert killed == 20
+        died = False
+        while not died:
+            counts = {"time": draw.uniform(2, 5), "settle": draw.choice([0, 0.5, 1])}
+            ran = start(*command, f"{tmp_path}/out/", KILL=f"{kind}:{counts.get(kind, draw.randrange(2))}")
+            died = ran.returncode == -signal.SIGKILL
+            if not died:  # a fast machine has finished before that moment: once more from the beginning
+                assert ran.returncode == 0, ran.stderr
+                assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+                shutil.rmtree(tmp_path / "out")
     assert start(*command, f"{tmp_path}/out/").returncode == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
