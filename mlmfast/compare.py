@@ -47,7 +47,7 @@ class Comparison:
         errors: how many have ``error`` in A, in B, in either; these are in none of the numbers below.
         plls: float64 ``[2, n]`` in nats, of A and of B, for the n rows that both have scored.
         means: float64 ``[2, n]``, the same over the number of the text's tokens, which may differ between the two.
-        differing: the rows that differ most in PLL, most first.
+        differing: the rows that differ most in PLL, most first; equal ones are none.
     """
 
     names: tuple[str, str]
@@ -95,7 +95,8 @@ def compare(a: str, b: str, top: int = 10) -> Comparison:
         for column, value in zip(columns, (found[0], found[2], found[1], found[3])):
             column.append(value)
         one = Difference(rows, _excerpt(left["text"]), found[0], found[2])
-        heapq.heappush(most, (abs(one.a - one.b), -rows, one))
+        if one.a != one.b:
+            heapq.heappush(most, (abs(one.a - one.b), -rows, one))
         if len(most) > top:
             heapq.heappop(most)
     values = np.array([np.frombuffer(column) if column else np.empty(0) for column in columns])

@@ -129,7 +129,9 @@ def check_output(output: str, source: str) -> None:
         with suppress(OSError, ValueError):  # no such source; standard output that is no file
             same = path.is_file() and os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
     if same:
-        raise RequestError(f"{'standard output' if output == '-' else f'--output {output}'} is the input {source}")
+        raise RequestError(
+            f"{'standard output' if output == '-' else f'--output {output}'} is the input {source}: write elsewhere"
+        )
 
 
 def _would_be_read(target: Path, source: Path, folders: set[Path], format: str) -> bool:

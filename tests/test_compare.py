@@ -127,6 +127,7 @@ def test_outputs_may_be_folders_or_compressed(
     assert told[0] | {"b": ""} == told[1] | {"b": ""}
     assert told[0]["rows"] == 21 and told[0]["compared"] == 20 and told[0]["pll"]["max_absolute_difference"] > 0
     itself = json.loads(invoke("compare", "out/", "out/", "--json").stdout)["pll"]
+    assert "Rows that differ" not in invoke("compare", "out/", "out/").stdout
     assert itself["equal"] == 20 and itself["pearson"] == pytest.approx(1) and itself["max_absolute_difference"] == 0
     manifest = Path("out/_manifest").read_bytes().splitlines(keepends=True)
     Path("out/_manifest").write_bytes(b"".join(manifest[:-1]))

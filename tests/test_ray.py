@@ -192,6 +192,7 @@ def failing(error: Exception) -> type:
             def fail(*arguments: Any) -> None:
                 raise error
 
+            # Of this one actor only, which fails so as a full disk would make it fail.
             self.worker.write = fail  # type: ignore[method-assign]
 
     return Failing
@@ -266,7 +267,7 @@ def test_nothing_is_read_here_while_actors_work(model: str, tmp_path: Path, monk
         advance(Tally(rows=5))
         yield Computing(False, shards=lambda shards: iter(()))
 
-    class Bar(tqdm.tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm.tqdm):  # type: ignore[type-arg]  # generic in its stubs only, not where it runs
         def __init__(self, *arguments: Any, **options: Any) -> None:
             begun.append(self)
             super().__init__(*arguments, **options | {"disable": False, "file": io.StringIO()})
