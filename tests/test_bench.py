@@ -20,6 +20,7 @@ import mlmfast
 import mlmfast.cli
 from mlmfast.bench import app
 from mlmfast.bench.copies import savings
+from mlmfast.bench.peers import PEERS
 from mlmfast.bench.pll import Bench
 from mlmfast.bench.sentences import read_sentences, tiny_tokenizer, token_sequences
 from mlmfast.bench.shapes import SHAPES
@@ -40,7 +41,7 @@ KEYS += ["seconds_quartiles", "peer_seconds_quartiles", "ratio_quartiles"]
 PARAMETERS = {"deberta-v3-base": (184.4, 2e-3), "roberta-base": (124.7, 2e-3), "roberta-large": (355.4, 2e-3)}
 PARAMETERS |= {"deberta-v2-xlarge": (900, 2e-2), "deberta-v2-xxlarge": (1500, 5e-2)}
 PARAMETERS |= {"deberta-v1-base": (139, 5e-3), "xlm-roberta-base": (278, 5e-3), "modernbert-base": (149.7, 2e-3)}
-PARAMETERS |= {"esm2-t12-35m": (34, 2e-2), "esm2-t30-150m": (148.5, 5e-3)}
+PARAMETERS |= {"esm2-t12-35m": (34, 2e-2), "esm2-t30-150m": (148.5, 5e-3), "esm2-t33-650m": (651, 5e-3)}
 TOYS = ("toy-deberta", "toy-roberta", "toy-modernbert", "toy-esm")
 PRODUCT = ((32, 32, 32),)
 
@@ -56,8 +57,13 @@ def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlmfast.bench.pll.Peak", lambda dtype, products, device: Peak(dtype, PRODUCT, device))
 
 
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["pll", *arguments])
+def invoke(*arguments: str, **settings: Any) -> Any:
+    return CliRunner().invoke(app, ["pll", *arguments], **settings)
+
+
+def test_the_help_names_every_shape_and_peer() -> None:
+    found = " ".join(invoke("--help", env={"COLUMNS": "1000"}).output.split())
+    assert [name for name in (*SHAPES, *PEERS) if f" {name}" not in found] == []
 
 
 @pytest.mark.usefixtures("quick_peak")
