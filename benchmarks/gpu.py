@@ -27,6 +27,7 @@ from typing import Any
 
 import bench_ops
 import figure
+import op_table
 import torch
 
 from mlmfast import backends
@@ -237,11 +238,11 @@ class Passes:
 
 def steps(arguments: argparse.Namespace, passes: Passes, bandwidth: float) -> Iterator[Step]:
     """All of them: checks, the first block of passes, the ops in its dtype, the other passes, the other ops."""
-    sizes = bench_ops.TOY if arguments.toy else bench_ops.Sizes()
+    sizes = op_table.TOY if arguments.toy else op_table.Sizes()
     short = [length for length in sorted(arguments.lengths) if length <= LONG]
 
     def ops(dtype: str) -> Iterator[Step]:
-        for case in bench_ops.cases(sizes, short):
+        for case in op_table.cases(sizes, short):
             run = partial(measured_op, arguments, case, dtype, passes, bandwidth)
             yield Step(f"{case.op}, {dtype}, {case.name}", OP_SECONDS, run)
 
@@ -258,12 +259,12 @@ def steps(arguments: argparse.Namespace, passes: Passes, bandwidth: float) -> It
 
 def checked_ops(arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """Every op in every dtype on lengths that hurt, by the backends that are measured."""
-    sizes = bench_ops.TOY if arguments.toy else bench_ops.Sizes(rows=1161)
+    sizes = op_table.TOY if arguments.toy else op_table.Sizes(rows=1161)
     return {
         "checks": [
             bench_ops.checked(case, DTYPES[dtype], arguments.device, backend)
             for dtype in arguments.dtypes
-            for case in bench_ops.cases(sizes, (1, 63, 129))
+            for case in op_table.cases(sizes, (1, 63, 129))
             for backend in arguments.op_backends
             if backend != "reference"
         ]
@@ -271,7 +272,7 @@ def checked_ops(arguments: argparse.Namespace) -> dict[str, list[Any]]:
 
 
 def measured_op(
-    arguments: argparse.Namespace, case: bench_ops.OpCase, dtype: str, passes: Passes, bandwidth: float
+    arguments: argparse.Namespace, case: op_table.OpCase, dtype: str, passes: Passes, bandwidth: float
 ) -> dict[str, list[Any]]:
     """An op's rows, beside the product rate as it is at the moment."""
     rate = passes.sample(dtype)
