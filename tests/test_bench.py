@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -302,7 +303,8 @@ def test_peak_is_the_best_of_its_samples() -> None:
 
 @pytest.mark.usefixtures("quick_peak")
 def test_figure_and_table_show_losses(sentence_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = script("figure")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    figure, tables = (importlib.import_module(name) for name in ("figure", "result_tables"))
     passes, texts = tmp_path / "passes.json", tmp_path / "texts.json"
     arguments = ["--shapes", "toy-roberta", "--lengths", "9,12", "--copies", "7", "--pairs", "1"]
     assert invoke(*arguments, "--output", str(passes)).exit_code == 0
@@ -319,13 +321,13 @@ def test_figure_and_table_show_losses(sentence_file: Path, tmp_path: Path, monke
     both = figure.joined([json.loads(passes.read_text())] * 2)[0]  # as if each peer had a run of its own
     assert [row["length"] for row in both["rows"]] == [9, 9, 12, 12]
     assert len(both["headers"]) == 2
-    table = figure.tabulate(*read[:2], "it.png")
+    table = tables.tabulate(*read[:2], "it.png")
     assert "**0.5x (0.4-0.6)**" in table
     assert table.count("disagrees") == 1
-    assert figure.refusal({"side": "mlmfast", "error": 0.03, "bound": 0.021}) == (
+    assert tables.refusal({"side": "mlmfast", "error": 0.03, "bound": 0.021}) == (
         "disagrees (mlmfast, error 0.03, bound 0.021)"
     )
-    assert figure.refusal({"side": "either", "error": None, "bound": None}) == "disagrees"  # NaN, as JSON has it
+    assert tables.refusal({"side": "either", "error": None, "bound": None}) == "disagrees"  # NaN, as JSON has it
     for known in ("torch", result["header"]["cpu"], str(result["header"]["commit"]), "| tiny |", "](it.png)"):
         assert known in table
     pytest.importorskip("matplotlib", reason='the figure needs matplotlib: pip install "mlmfast[bench]"')
