@@ -236,7 +236,7 @@ class Measuring:
     def op(self, case: op_table.OpCase, dtype: str) -> dict[str, list[Any]]:
         """An op's rows, beside the product rate as it is at the moment."""
         its, rate = self._arguments, self.sample(dtype)
-        rates = {"matrix_rate": rate, "bandwidth": self.bandwidth}
+        rates: dict[str, Any] = {"matrix_rate": rate, "bandwidth": self.bandwidth}
         return told_apart("ops", bench_ops.measure(case, DTYPES[dtype], its.device, its.op_backends, **rates))
 
 
