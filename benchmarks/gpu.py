@@ -136,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             result.write()
             products = ((64, 64, 64),) if its.toy else None
-            rates = result.header.get("matrix_rates")
-            measuring = Measuring(its, products, result.header["copy_bandwidth"], rates)
+            before = result.lists["rows"], result.header.get("matrix_rates", {})
+            measuring = Measuring(its, products, result.header["copy_bandwidth"], before)
             result.header["matrix_rates"] = measuring.rates
             carry_out(steps(its, measuring), result, its.budget)
     except RequestError as error:

@@ -45,8 +45,10 @@ PEER_TOKENS = 32
 TOY_QUESTIONS = (Question(9, 3, 4, 1), Question(20, 4, 1, 1))
 # Seconds that a step may take, guessed for an H200: none is begun with less left. Drawing weights, setting up, trying
 # out and repeats that are cut to half a second; then more for more weights. Compiling is most of a compiled case.
-LEAST_SECONDS, MILLION_SECONDS, COMPILING = 10.0, 0.022, 75.0
+LEAST_SECONDS, MILLION_SECONDS, COMPILING_LAYER = 10.0, 0.022, 6.0
 OP_SECONDS, CHECK_SECONDS = 3.0, 30.0
+# Most rounds of ranking and generation, whose peers launch kernel after kernel and take seconds.
+ROUNDS = 5
 # Millions of weights in the layers: the base shapes have fewer, the larger ones more.
 BASE = 200.0
 
@@ -66,7 +68,8 @@ class Case:
     @property
     def seconds(self) -> float:
         """A guess at what it takes."""
-        return seconds_of(self.shape) + (COMPILING if self.against == COMPILED else 0)
+        layers = named(self.shape).settings["num_hidden_layers"]
+        return seconds_of(self.shape) + (COMPILING_LAYER * layers if self.against == COMPILED else 0)
 
 
 def millions(shape: str) -> float:
@@ -88,7 +91,8 @@ def blocks(
     """Every case, the most important first.
 
     The base shapes in the first dtype; the larger shapes at one length; one of each base shape compiled, which costs
-    more than a minute; the larger shapes' other lengths, and compiled; the other dtypes; lengths beyond 512; the rest.
+    more than a minute; the larger shapes' other lengths; the other dtypes; lengths beyond 512; the larger shapes
+    compiled; the rest.
     """
     base = [shape for shape in shapes if millions(shape) < BASE]
     larger = [shape for shape in shapes if shape not in base]
@@ -101,9 +105,9 @@ def blocks(
         (base, first, short[:1], compiled),
         (larger, first, short[1:], plain),
         (base, others, short, plain),
-        (larger, first, short[:1], compiled),
         (larger, others, short[:1], plain),
         (shapes, dtypes, [length for length in lengths if length > LONG], plain),
+        (larger, first, short[:1], compiled),
         (base, first, short[1:], compiled),
         (base, others, short[:1], compiled),
         (larger, others, short[1:], plain),
@@ -157,6 +161,10 @@ def capped(bench: Bench, length: int, labels: Sequence[str], copy_tokens: int, m
 class Measuring:
     """Runs cases, each in a bench of its own: so a GPU holds one shape's models at a time.
 
+    Args:
+        products: of the peaks; None for what fills the device.
+        before: passes' rows and product rates of the run that is continued.
+
     Attributes:
         bandwidth: of a copy on the device, bytes a second.
         peaks, rates: of matrix products, by dtype; the best so far in operations a second.
@@ -167,12 +175,12 @@ class Measuring:
         arguments: argparse.Namespace,
         products: Sequence[tuple[int, int, int]] | None,
         bandwidth: float,
-        rates: Mapping[str, float] | None = None,
+        before: tuple[Sequence[dict[str, Any]], Mapping[str, float]] = ((), {}),
     ) -> None:
         self._arguments, self.bandwidth = arguments, bandwidth
-        self._copies: dict[tuple[str, str, int], int] = {}
+        self._copies = {(row["shape"], row["dtype"], row["length"]): row["copies"] for row in before[0]}
         self.peaks = {dtype: Peak(DTYPES[dtype], products, arguments.device) for dtype in arguments.dtypes}
-        self.rates: dict[str, float] = dict(rates or {})
+        self.rates = dict(before[1])
         for dtype in arguments.dtypes:
             for _ in range(3):  # the first calls pay for set-up
                 self.sample(dtype)
@@ -205,7 +213,7 @@ class Measuring:
         for question in TOY_QUESTIONS if its.toy else QUESTIONS:
             if question.length <= named(shape).held:
                 texts = bench.candidates(question)
-                measured = bench.measure(texts, str(question), pairs=its.rounds, peak=self.peaks[dtype])
+                measured = bench.measure(texts, str(question), pairs=min(ROUNDS, its.rounds), peak=self.peaks[dtype])
                 rows += [asdict(m.row) | {"details": m.details | {"asked": len(texts.asked)}} for m in measured]
         return {"ranking": rows}
 
@@ -215,7 +223,8 @@ class Measuring:
         tokens: dict[str, Any] = {"longest": prompt, "new_tokens": its.new_tokens, "peer_tokens": PEER_TOKENS}
         chosen: dict[str, Any] = {"backend": its.backend, "device": its.device, "dtype": dtype}
         bench = GenerationBench(shape, sides=its.sides, against=GENERATING, **tokens, **chosen)
-        measured = bench.measure(prompt, pairs=its.rounds, peak=self.peaks[dtype], bandwidth=self.bandwidth)
+        pairs = min(ROUNDS, its.rounds)
+        measured = bench.measure(prompt, pairs=pairs, peak=self.peaks[dtype], bandwidth=self.bandwidth)
         return {"generation": [asdict(m.row) | {"details": m.details} for m in measured]}
 
     def checks(self) -> dict[str, list[Any]]:
@@ -263,7 +272,7 @@ def steps(its: argparse.Namespace, measuring: Measuring) -> Iterator[Step]:
         for shape in shapes:
             if "rank" in its.parts and ranked_with:
                 run = partial(measuring.ranking, shape, dtype, ranked_with)
-                yield Step(f"{shape}, {dtype}, ranking against {', '.join(ranked_with)}", seconds_of(shape), run)
+                yield Step(f"{shape}, {dtype}, ranking against {', '.join(ranked_with)}", 1.5 * seconds_of(shape), run)
             for prompt in its.prompts if "generate" in its.parts else ():
                 run = partial(measuring.generation, shape, dtype, prompt)
                 yield Step(f"{shape}, {dtype}, generation after {prompt} tokens", 1.5 * seconds_of(shape), run)

@@ -14,7 +14,7 @@ OWN = ("exact", "window", "drafted")
 def tabulate(gpu: dict[str, Any]) -> list[str]:
     """A section for each of them that there is."""
     settings = gpu["header"]["settings"]
-    lines = [f"## Ranking, generation and ops, {settings['rounds']} rounds", "", described(gpu["header"]), ""]
+    lines = ["## Ranking, generation and ops", "", described(gpu["header"]), ""]
     lines += ranking(gpu["ranking"]) if gpu["ranking"] else []
     lines += generation(gpu["generation"], settings) if gpu["generation"] else []
     lines += ops(gpu) if gpu["ops"] else []
@@ -28,8 +28,8 @@ def ranking(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["### Ranking", ""]
     lines += [
         "`rank` of a question, prompt and candidates from text on, against each candidate's copies on its own; medians "
-        f"over {rows[0]['details']['asked']} questions, one after another. *Copies* are all that the candidates ask "
-        "for, and those that differ.",
+        f"of {rows[0]['details']['pairs']} rounds of {rows[0]['details']['asked']} questions, one after another. "
+        "*Copies* are all that the candidates ask for, and those that differ.",
         "",
         "| shape | dtype | question | copies | mlmfast | of peak | peer | peer's time | ratio | max diff |",
         "|---|---|---|---:|---:|---:|---|---:|---:|---:|",
@@ -55,9 +55,10 @@ def generation(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> list
     """Milliseconds a token; peers that are faster than mlmfast in bold."""
     lines = ["### Generation", ""]
     lines += [
-        f"Greedy, {settings['new_tokens']} tokens after a prompt, the first pass over it among them. A ratio is the "
-        "side's time over exact's, or over the window's (approximate): above 1 that side is the slower. With random "
-        "weights, how often a draft is right says nothing. *Same* are the tokens that are exact's.",
+        f"Greedy, {settings['new_tokens']} tokens after a prompt, the first pass over it among them; medians of "
+        f"{rows[0]['details']['pairs']} rounds. A ratio is the side's time over exact's, or over the window's "
+        "(approximate): above 1 that side is the slower. With random weights, how often a draft is right says nothing. "
+        "*Same* are the tokens that are exact's.",
         "",
         "| shape | dtype | prompt | side | a token | tokens/s | over exact | over window | same | max diff | how |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---|",
