@@ -152,7 +152,7 @@ def carry_out(todo: Iterator[Step], result: Result, budget: float) -> None:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             found = {"failed": [{"step": step.name, "reason": reason}]}
-            lost = device_lost()
+        lost = device_lost()  # a failing row of a step may have done it, too
         gc.collect()
         if torch.cuda.is_available() and not lost:
             torch.cuda.empty_cache()

@@ -129,6 +129,10 @@ def test_a_lost_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gpu_run.carry_out(iter(todo), result, budget=9)
     assert [failed["step"] for failed in result.lists["failed"]] == ["first"]
     assert strict(result.path)["not_run"] == ["second"]
+    wrong = {"agrees": False, "op": "o", "dtype": "d", "case": "c"}
+    row = gpu_run.Step("a row of it fails", 1, lambda: {"checks": [wrong]})
+    gpu_run.carry_out(iter([row, *todo]), opened(result), budget=9)
+    assert strict(result.path)["not_run"] == ["second"]
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     again = opened(result)
     gpu_run.carry_out(iter(todo), again, budget=9)

@@ -31,7 +31,7 @@ class FlashDeBERTa:
     name: ClassVar[str] = "flashdeberta"
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    packages: ClassVar[tuple[str, ...]] = ("flashdeberta", "einops", "triton")
+    packages: ClassVar[tuple[str, ...]] = ("flashdeberta", "einops")
     rounds: ClassVar[bool] = False
 
     def __init__(self, subject: Subject) -> None:
