@@ -101,7 +101,7 @@ gpu-test:
 	$(FROM_CHECKOUT) -m pytest -q -m gpu
 	$(FROM_CHECKOUT) -m pytest -q -m "not gpu" tests/test_kernels.py # compiled by this machine's Triton
 
-# Everything measured on a GPU, within BUDGET seconds, into benchmarks/results/<device>.
+# Everything measured on a GPU, into benchmarks/results/<device>: BUDGET seconds of it, and what is left when run again.
 gpu-bench:
 	$(FROM_CHECKOUT) benchmarks/gpu.py --budget $(BUDGET) $(GPU_FLAGS)
 

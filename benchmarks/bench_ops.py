@@ -1,7 +1,8 @@
 """The ops one by one: checked against float64 first, then timed, beside the device's own copy and matrix rates.
 
-All ops stand in one table, in place of a file each: they differ in what they are given and in what work that is, and in
-nothing else. ``benchmarks/gpu.py`` runs it; a new op is a function that makes its cases.
+All ops stand in one table, ``op_table.py``, in place of a file each: they differ in what they are given and in what
+work that is, and in nothing else. ``benchmarks/gpu.py`` runs it; a new op is a function that makes its cases. What a
+backend does not take, for its dtype or its shape, is skipped with the reason.
 
 A call is timed on inputs that the caches do not hold: there are as many sets of them as fill the GPU's second-level
 cache three times, taken in turn. On a GPU one CUDA graph holds a call a set, so that launches cost next to nothing;
@@ -13,19 +14,18 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
+from op_table import Draw, OpCase
 from torch import Tensor
-from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlmfast import backends
 from mlmfast.bench.timing import device_seconds, summary, synchronize
-from mlmfast.bench.work import attention_dots
 from mlmfast.ops.vocab_logprob import vocab_logprob
 
 # A backend's error against float64: this many times that of plain torch in the dtype, and beyond it so much.
@@ -35,164 +35,6 @@ SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 ROUND_SECONDS = 0.03
 # Times that the second-level cache is filled before inputs come round again, and the most sets that this may take.
 CACHE_TIMES, MOST_SETS = 3, 16
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the ops are given: ``rows`` packed rows of a model's shape."""
-
-    width: int = 768
-    heads: int = 12
-    wide: int = 3072
-    vocabulary: int = 128100
-    span: int = 512
-    buckets: int = 256
-    rows: int = 65536
-    top_k: int = 8
-
-
-TOY = Sizes(width=32, heads=4, wide=64, vocabulary=300, span=64, buckets=16, rows=192, top_k=3)
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """An op and a shape.
-
-    Attributes:
-        op: its name in :mod:`mlmfast.ops`.
-        name: of the shape.
-        make: arguments of a call, from a function that draws normal numbers of a shape.
-        flops: operations of its products, 2 a multiply-add; 0 where there are none.
-        read: bytes that a call has to read, of its arguments; None for all of them.
-    """
-
-    op: str
-    name: str
-    make: Callable[[Draw], tuple[Any, ...]]
-    flops: int
-    read: Callable[[tuple[Any, ...]], int] | None = None
-
-
-class Draw:
-    """Draws inputs on a device in a dtype; the same for the same seed."""
-
-    def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
-        self.dtype, self.device = dtype, device
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, *shape: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=self._generator, device=self.device) * std).to(self.dtype)
-
-    def below(self, most: int, count: int) -> Tensor:
-        return torch.randint(most, (count,), generator=self._generator, device=self.device)
-
-    def bounds(self, copies: int, length: int) -> Tensor:
-        return torch.arange(0, (copies + 1) * length, length, device=self.device, dtype=torch.int32)
-
-
-def cases(sizes: Sizes, lengths: Sequence[int]) -> Iterator[OpCase]:
-    """The shapes of every op, those that a pass spends most on first."""
-    for length in lengths:
-        yield _attention(sizes, length, "disentangled")
-    yield from _linears(sizes)
-    for length in lengths:
-        yield _vocabulary(sizes, length)
-    for length in lengths:
-        yield _attention(sizes, length)
-        yield _attention(sizes, length, "distance bias")
-    yield _norm(sizes, "add_layer_norm")
-    yield _norm(sizes, "pre_norm")
-    yield _masked_embedding(sizes)
-    yield _rotary(sizes)
-    for length in lengths:
-        yield _vocabulary(sizes, length, sizes.top_k)
-
-
-def _attention(sizes: Sizes, length: int, positions: Literal["disentangled", "distance bias"] | None = None) -> OpCase:
-    disentangled = positions == "disentangled"
-    copies, head = max(1, sizes.rows // length), sizes.width // sizes.heads
-    places = torch.arange(-sizes.span, sizes.span + 1)
-    rows = make_log_bucket_position(places, sizes.buckets, sizes.span).long() + sizes.buckets
-    buckets = rows.clamp(0, 2 * sizes.buckets - 1).int()
-
-    def make(draw: Draw) -> tuple[Any, ...]:
-        q, k, v = (draw(copies * length, sizes.heads, head) for _ in range(3))
-        cu_seqlens = draw.bounds(copies, length)
-        shared = (cu_seqlens, cu_seqlens, length, length, None)
-        if positions == "distance bias":
-            bias = draw(sizes.heads, len(buckets)).float()
-            return q, k, v, *shared, 1 / math.sqrt(head), -1, bias
-        if not disentangled:
-            return q, k, v, *shared, 1 / math.sqrt(head)
-        pos_key, pos_query = (draw(2 * sizes.buckets, sizes.heads, head) for _ in range(2))
-        return q, k, v, pos_key, pos_query, buckets.to(draw.device), *shared, 1 / math.sqrt(3 * head)
-
-    dots = attention_dots(np.arange(length), length, buckets.numpy() if disentangled else None)
-    op = "disentangled_attention" if disentangled else "attention"
-    name = f"{copies} copies of {length}" + (f", {positions}" if positions == "distance bias" else "")
-    return OpCase(op, name, make, 2 * sizes.width * dots * copies)
-
-
-def _linears(sizes: Sizes) -> Iterator[OpCase]:
-    def make(draw: Draw, inner: int, outer: int, activation: str) -> tuple[Any, ...]:
-        return draw(sizes.rows, inner), draw(outer, inner, std=inner**-0.5), draw(outer), activation
-
-    for inner, outer, activation in (
-        (sizes.width, sizes.wide, "gelu"),
-        (sizes.wide, sizes.width, "none"),
-        (sizes.width, sizes.width, "none"),
-    ):
-        name = f"{sizes.rows} rows {inner} to {outer}{', GELU' if activation == 'gelu' else ''}"
-        arguments = partial(make, inner=inner, outer=outer, activation=activation)
-        yield OpCase("linear", name, arguments, 2 * sizes.rows * inner * outer)
-
-
-def _norm(sizes: Sizes, op: str) -> OpCase:
-    def make(draw: Draw) -> tuple[Any, ...]:
-        x, residual = (draw(sizes.rows, sizes.width) for _ in range(2))
-        return x, residual, *(draw(sizes.width) for _ in range(3)), 1e-7
-
-    return OpCase(op, f"{sizes.rows} rows", make, 0)
-
-
-def _masked_embedding(sizes: Sizes) -> OpCase:
-    def make(draw: Draw) -> tuple[Any, ...]:
-        ids, masked = draw.below(sizes.vocabulary, sizes.rows), torch.arange(0, sizes.rows, 16, device=draw.device)
-        words, norm = draw(sizes.vocabulary, sizes.width), [draw(sizes.width) for _ in range(2)]
-        return ids, masked, 4, words, None, None, None, None, *norm, 1e-7
-
-    def read(arguments: tuple[Any, ...]) -> int:  # a row of the table for each id, not the table
-        ids, masked, _, words = arguments[:4]
-        return int(ids.nbytes + masked.nbytes + len(ids) * words.shape[1] * words.element_size())
-
-    return OpCase("masked_embedding", f"{sizes.rows} rows", make, 0, read)
-
-
-def _rotary(sizes: Sizes) -> OpCase:
-    head = sizes.width // sizes.heads
-
-    def make(draw: Draw) -> tuple[Any, ...]:
-        angles = torch.arange(sizes.span, device=draw.device)[:, None] * 0.01 ** torch.linspace(
-            0, 1, head // 2, device=draw.device
-        )
-        places = draw.below(sizes.span, sizes.rows)
-        return draw(sizes.rows, sizes.heads, head), angles.cos(), angles.sin(), places
-
-    return OpCase("rotary", f"{sizes.rows} rows", make, 0)
-
-
-def _vocabulary(sizes: Sizes, length: int, top_k: int | None = None) -> OpCase:
-    scored = max(1, sizes.rows // length)
-
-    def make(draw: Draw) -> tuple[Any, ...]:
-        hidden = draw(scored, sizes.width)
-        head = hidden, draw(sizes.vocabulary, sizes.width, std=2 * sizes.width**-0.5), draw(sizes.vocabulary)
-        rows = torch.arange(scored, device=draw.device)
-        return (*head, top_k) if top_k else (*head, draw.below(sizes.vocabulary, scored), rows)
-
-    name = f"{scored} rows" + (f", best {top_k}" if top_k else "")
-    flops = 2 * scored * sizes.width * sizes.vocabulary
-    return OpCase("vocab_topk" if top_k else "vocab_logprob", name, make, flops)
 
 
 def bytes_moved(case: OpCase, arguments: tuple[Any, ...], found: Any) -> int:
@@ -297,14 +139,47 @@ def waits(run: Callable[[], object]) -> bool:
     return False
 
 
+class Called(TorchDispatchMode):
+    """Notes the namespaces of the ops that are called in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.namespaces: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.namespaces.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+def untaken(case: OpCase, arguments: tuple[Any, ...], backend: str) -> str | None:
+    """Why a backend does not compute a case itself, by its dtype or its shape; None if it does.
+
+    A backend with ``LIMITS`` hands what is beyond them to the next one, which is measured by its own name. That it kept
+    a call is seen by an op of its compiled extension.
+    """
+    like = next(a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    (known,) = (one for one in backends.BACKENDS if one.name == backend)
+    if refusal := known.refusal(case.op, like.device.type, like.dtype):
+        return refusal
+    if (limits := backends.limits(case.op, backend)) is None:
+        return None
+    with backends.forced(backend), Called() as called:
+        backends.implementation(case.op, like)(*arguments)
+    return None if f"mlmfast_{backend}" in called.namespaces else f"{backend} takes {limits}"
+
+
 def checked(
     case: OpCase, dtype: torch.dtype, device: str, backend: str, arguments: tuple[Any, ...] | None = None
 ) -> dict[str, Any]:
-    """A row that says whether a backend is right in a case, on these arguments or on ones drawn for it."""
+    """A row that says whether a backend is right in a case, on these arguments or on ones drawn for it; or why the case
+    is ``skipped``: the backend does not take it."""
     row: dict[str, Any] = {"op": case.op, "case": case.name, "dtype": backends.dtype_name(dtype), "backend": backend}
     try:
         with torch.inference_mode():
-            verdict = judged(case, arguments or case.make(Draw(dtype, device, seed=0)), backend)
+            given = arguments or case.make(Draw(dtype, device, seed=0))
+            if reason := untaken(case, given, backend):
+                return row | {"skipped": reason}
+            verdict = judged(case, given, backend)
     except Exception as error:  # whatever it is, the others are still to be checked
         return row | {"agrees": False, "failure": _reason(error)}
     return row | {"agrees": verdict.holds, "error": verdict.error, "bound": verdict.bound}
@@ -324,13 +199,14 @@ def measure(
     bandwidth: float,
     rounds: int = 5,
 ) -> list[dict[str, Any]]:
-    """A row a backend: checked, then timed in turns. One that errs or fails has the reason, and no speed."""
+    """A row a backend: checked, then timed in turns. One that errs, fails or does not take the case has the reason, and
+    no speed."""
     with torch.inference_mode():
         sets = input_sets(case, dtype, device)
         rows = [checked(case, dtype, device, backend, sets[0]) for backend in sides]
         runs: dict[int, tuple[Callable[[], object], int]] = {}
         for place, row in enumerate(rows):
-            if not row["agrees"]:
+            if "skipped" in row or not row["agrees"]:
                 continue
             try:
                 moved = bytes_moved(case, sets[0], _op(case, sets[0], row["backend"]))

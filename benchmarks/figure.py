@@ -19,6 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from result_tables import case_name, tabulate
+from table_cells import machine, peer_name, unique
+
 # Okabe and Ito's colours, told apart without colour vision.
 COLOURS = {
     "hf-eager": "#0072B2",
@@ -26,6 +29,7 @@ COLOURS = {
     "hf-loop": "#0072B2",
     "hf-scored": "#F0E442",
     "disentangled-flash": "#882255",
+    "flashdeberta": "#AA4499",
     "hf-compile": "#56B4E9",
     "minicons": "#CC79A7",
     "onnxruntime": "#E69F00",
@@ -33,8 +37,6 @@ COLOURS = {
     "mlmfast": "#222222",
 }
 OTHER = "#999999"
-
-
 # Panels side by side.
 COLUMNS = 2
 
@@ -85,49 +87,6 @@ def joined(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def machine(header: dict[str, Any]) -> str:
-    """Machine, versions and commit: what runs on one day have in common."""
-    versions = ", ".join(f"{name} {header[name]}" for name in ("python", "torch", "transformers", "mlmfast"))
-    cpu = f"{header['cpu']} ({header['instructions']}), {header['threads']} threads"
-    if "device" in header:
-        gpu = header["device"]
-        cpu = f"{gpu['name']} (compute capability {gpu['capability']}), {cpu}"
-        versions += f", CUDA {gpu['cuda']}, Triton {gpu['triton']}"
-    return f"{cpu}; {versions}; commit {header['commit']}"
-
-
-def described(header: dict[str, Any]) -> str:
-    """A run: what it compared with, where and when."""
-    against = header.get("peers") or dict.fromkeys(header["settings"]["against"], "")
-    peers = ", ".join(f"{name} {version}".rstrip() for name, version in against.items())
-    note = f" {header['note']}" if "note" in header else ""
-    return f"{machine(header)}; against {peers}; {header['time']}, load {header['load']} at the start.{note}"
-
-
-def case_name(row: dict[str, Any]) -> str:
-    """What a case is called under its bars."""
-    lengths = str(row["length"]) if row["shortest"] == row["length"] else f"{row['shortest']}-{row['length']}"
-    return f"{lengths}\n{row['copies']} copies" if row["case"] == "random" else f"{lengths}\nreal texts"
-
-
-def peer_name(row: dict[str, Any]) -> str:
-    """The peer, with its dtype where that is another than ours."""
-    return row["peer"] if row["peer_dtype"] == row["dtype"] else f"{row['peer']} {row['peer_dtype']}"
-
-
-def refusal(details: dict[str, Any]) -> str:
-    """Why a row has no speed."""
-    if "failure" in details:
-        return f"failed: {details['failure']}"
-    found = [details["side"]] if details.get("side") in ("mlmfast", "the peer") else []
-    found += [f"{name} {details[name]:.2g}" for name in ("error", "bound") if details.get(name) is not None]
-    return f"disagrees ({', '.join(found)})" if found else "disagrees"
-
-
-def unique(items: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(items))
 
 
 # ---- the figure
@@ -237,111 +196,6 @@ def draw_rates(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
     panel.set_xlim(0, 1.3 * max([1.0, *(side[2][1] for side in sides)]))
     panel.set_xlabel(f"texts a second, end to end, {rows[0]['texts']:,} texts")
     panel.set_title(f"{rows[0]['model']}, float32", loc="left", weight="bold")
-
-
-# ---- the table
-
-
-def spread(value: float, quartiles: Sequence[float], unit: str) -> str:
-    return f"{value:.3g}{unit} ({quartiles[0]:.3g}-{quartiles[1]:.3g})"
-
-
-def tabulate(
-    passes: Sequence[dict[str, Any]],
-    texts: Sequence[dict[str, Any]],
-    figure: str,
-    gpus: Sequence[dict[str, Any]] = (),
-) -> str:
-    """The same as Markdown: every row, losses in bold."""
-    named = ", ".join(unique(gpu["header"]["device"]["name"] for gpu in gpus if "device" in gpu["header"]))
-    lines = [f"# mlmfast side by side with its peers on {named or 'a CPU'}", ""]
-    lines += [f"![Ratios by peer, length and shape]({figure})", ""]
-    lines += [
-        "Medians of interleaved rounds, quartiles in brackets; a ratio is that of the medians, its quartiles are those "
-        "of single rounds' ratios. Above 1 is a win for mlmfast; **losses are bold**. Every row's log-probabilities "
-        "were compared first; a row whose sides disagree has no speed. *Of peak* is the useful work over the machine's "
-        "best matrix product in the same run.",
-        "",
-    ]
-    for result in passes:
-        lines += [f"## A pass, mlmfast in {result['dtype']}", ""]
-        lines += [f"- {header['settings']['pairs']} rounds: {described(header)}" for header in result["headers"]]
-        lines.append("")
-        columns = ["shape", "tokens a copy", "copies", "mlmfast", "of peak", "peer", "peer's time", "ratio", "max diff"]
-        lines += [f"| {' | '.join([*columns, 'how the peer computes'])} |"]
-        lines += ["|---|---:|---:|---:|---:|---|---:|---:|---:|---|"]
-        for row, details in zip(result["rows"], result["details"]):
-            case = case_name(row).partition("\n")[0] + (" (real texts)" if row["case"] == "texts" else "")
-            speeds = ["", "", refusal(details), ""]
-            if row["ratio"] is not None:
-                ratio = spread(row["ratio"], row["ratio_quartiles"], "x")
-                speeds = [
-                    spread(row["seconds"], row["seconds_quartiles"], " s"),
-                    f"{row['peak_share']:.1%}",
-                    spread(row["peer_seconds"], row["peer_seconds_quartiles"], " s"),
-                    ratio if row["ratio"] >= 1 else f"**{ratio}**",
-                ]
-            cells = [row["shape"], case, str(row["copies"]), *speeds[:2], peer_name(row), *speeds[2:]]
-            apart = "" if row["max_abs_diff"] is None else format(row["max_abs_diff"], ".1e")
-            lines.append(f"| {' | '.join([*cells, apart, details['peer_way']])} |")
-        lines.append("")
-    for result in texts:
-        header, settings = result["header"], result["header"]["settings"]
-        lines += [f"## {settings['texts']:,} texts from end to end, float32", ""]
-        lines += [f"Texts a second over {settings['rounds']} rounds. {described(header)}", ""]
-        lines += ["| model | mlmfast | peer | peer's | ratio | texts at once |", "|---|---:|---|---:|---:|---:|"]
-        for row in result["rows"]:
-            speeds = ["", "disagrees", ""]
-            if row["agrees"]:
-                ratio = spread(row["ratio"], row["ratio_quartiles"], "x")
-                speeds = [
-                    spread(row["texts_per_second"], row["texts_per_second_quartiles"], ""),
-                    spread(row["peer_texts_per_second"], row["peer_texts_per_second_quartiles"], ""),
-                    ratio if row["ratio"] >= 1 else f"**{ratio}**",
-                ]
-            lines.append(
-                f"| {row['model']} | {speeds[0]} | {row['peer']} | {speeds[1]} | {speeds[2]} | {row['peer_batch']} |"
-            )
-        lines.append("")
-    for gpu in gpus:
-        lines += tabulate_ops(gpu)
-    return "\n".join(lines)
-
-
-def tabulate_ops(gpu: dict[str, Any]) -> list[str]:
-    """What ``gpu.py`` found besides passes: the ops' speeds, what is wrong, what failed, what was not run."""
-    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in gpu["header"]["matrix_rates"].items())
-    lines = ["## The ops one by one", ""]
-    lines += [
-        f"The device's own: a copy moves {gpu['header']['copy_bandwidth'] / 1e12:.3g} TB/s, read and written; matrix "
-        f"products run at {rates}. Bytes are the fewest that a call can move. Median of a call, quartiles in brackets.",
-        "",
-        "| op | dtype | case | backend | time, us | TFLOP/s | of products | TB/s | of a copy | timed by |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for row in gpu["ops"]:
-        cells = [row["op"], row["dtype"], row["case"], row["backend"]]
-        if "seconds" not in row:
-            cells += [refusal(row), *[""] * 5]
-        else:
-            cells.append(spread(row["seconds"] * 1e6, [q * 1e6 for q in row["seconds_quartiles"]], ""))
-            cells += [f"{row['tflops']:.3g}", f"{row['of_matrix_rate']:.1%}"] if row["flops"] else ["", ""]
-            cells += [f"{row['tb_per_second']:.3g}", f"{row['of_copy_bandwidth']:.1%}", row["timed_by"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    for peer, remedy in gpu["header"]["absent"].items():
-        lines += ["", f"{peer} is not installed there, so it was not compared with: {remedy}."]
-    wrong = [row for row in gpu["checks"] if not row["agrees"]]
-    lines += ["", f"## Checks: {len(gpu['checks'])} of ops against float64, {len(wrong)} wrong or failed", ""]
-    for row in wrong:
-        why = row.get("failure") or f"error {row['error']}, bound {row['bound']}"
-        lines.append(f"- {row['op']}, {row['dtype']}, {row['case']}, {row['backend']}: {why}")
-    for name, items in (
-        ("Failed", [f"{f['step']}: {f['reason']}" for f in gpu["failed"]]),
-        ("Not run", gpu["not_run"]),
-    ):
-        if items:
-            lines += ["", f"## {name}", "", *(f"- {item}" for item in items)]
-    return [*lines, ""]
 
 
 def write(paths: Sequence[Path], output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -20,6 +21,7 @@ import mlmfast
 import mlmfast.cli
 from mlmfast.bench import app
 from mlmfast.bench.copies import savings
+from mlmfast.bench.peers import PEERS
 from mlmfast.bench.pll import Bench
 from mlmfast.bench.sentences import read_sentences, tiny_tokenizer, token_sequences
 from mlmfast.bench.shapes import SHAPES
@@ -40,7 +42,7 @@ KEYS += ["seconds_quartiles", "peer_seconds_quartiles", "ratio_quartiles"]
 PARAMETERS = {"deberta-v3-base": (184.4, 2e-3), "roberta-base": (124.7, 2e-3), "roberta-large": (355.4, 2e-3)}
 PARAMETERS |= {"deberta-v2-xlarge": (900, 2e-2), "deberta-v2-xxlarge": (1500, 5e-2)}
 PARAMETERS |= {"deberta-v1-base": (139, 5e-3), "xlm-roberta-base": (278, 5e-3), "modernbert-base": (149.7, 2e-3)}
-PARAMETERS |= {"esm2-t12-35m": (34, 2e-2), "esm2-t30-150m": (148.5, 5e-3)}
+PARAMETERS |= {"esm2-t12-35m": (34, 2e-2), "esm2-t30-150m": (148.5, 5e-3), "esm2-t33-650m": (651, 5e-3)}
 TOYS = ("toy-deberta", "toy-roberta", "toy-modernbert", "toy-esm")
 PRODUCT = ((32, 32, 32),)
 
@@ -56,8 +58,13 @@ def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlmfast.bench.pll.Peak", lambda dtype, products, device: Peak(dtype, PRODUCT, device))
 
 
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["pll", *arguments])
+def invoke(*arguments: str, **settings: Any) -> Any:
+    return CliRunner().invoke(app, ["pll", *arguments], **settings)
+
+
+def test_the_help_names_every_shape_and_peer() -> None:
+    found = " ".join(invoke("--help", env={"COLUMNS": "1000"}).output.split())
+    assert [name for name in (*SHAPES, *PEERS) if f" {name}" not in found] == []
 
 
 @pytest.mark.usefixtures("quick_peak")
@@ -296,7 +303,8 @@ def test_peak_is_the_best_of_its_samples() -> None:
 
 @pytest.mark.usefixtures("quick_peak")
 def test_figure_and_table_show_losses(sentence_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = script("figure")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    figure, tables = (importlib.import_module(name) for name in ("figure", "result_tables"))
     passes, texts = tmp_path / "passes.json", tmp_path / "texts.json"
     arguments = ["--shapes", "toy-roberta", "--lengths", "9,12", "--copies", "7", "--pairs", "1"]
     assert invoke(*arguments, "--output", str(passes)).exit_code == 0
@@ -313,13 +321,13 @@ def test_figure_and_table_show_losses(sentence_file: Path, tmp_path: Path, monke
     both = figure.joined([json.loads(passes.read_text())] * 2)[0]  # as if each peer had a run of its own
     assert [row["length"] for row in both["rows"]] == [9, 9, 12, 12]
     assert len(both["headers"]) == 2
-    table = figure.tabulate(*read[:2], "it.png")
+    table = tables.tabulate(*read[:2], "it.png")
     assert "**0.5x (0.4-0.6)**" in table
     assert table.count("disagrees") == 1
-    assert figure.refusal({"side": "mlmfast", "error": 0.03, "bound": 0.021}) == (
+    assert tables.refusal({"side": "mlmfast", "error": 0.03, "bound": 0.021}) == (
         "disagrees (mlmfast, error 0.03, bound 0.021)"
     )
-    assert figure.refusal({"side": "either", "error": None, "bound": None}) == "disagrees"  # NaN, as JSON has it
+    assert tables.refusal({"side": "either", "error": None, "bound": None}) == "disagrees"  # NaN, as JSON has it
     for known in ("torch", result["header"]["cpu"], str(result["header"]["commit"]), "| tiny |", "](it.png)"):
         assert known in table
     pytest.importorskip("matplotlib", reason='the figure needs matplotlib: pip install "mlmfast[bench]"')

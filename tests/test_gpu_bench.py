@@ -5,71 +5,41 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmark_scripts import ROOT, script, strict
 
 from mlmfast import cpu
 from mlmfast.bench import machine, peers
 from mlmfast.bench.peers import HuggingFaceEager, HuggingFaceScored
 from mlmfast.bench.pll import Bench
 from mlmfast.bench.shapes import SHAPES
-from mlmfast.bench.work import Peak, attention_dots
+from mlmfast.bench.work import Peak
 from mlmfast.errors import RequestError
 from mlmfast.masking import MaskPlan
 
-ROOT = Path(__file__).parents[1]
+gpu, steps = script("gpu"), script("gpu_steps")
 LAUNCH = [sys.executable, str(ROOT / "benchmarks" / "from_checkout.py")]
 # Ops are measured by the backend cpu here, all of which needs the compiled kernels.
 compiled = pytest.mark.skipif(cpu.instructions() is None, reason="the compiled kernels are not built here")
 QUICK = ["--device", "cpu", "--toy", "--rounds", "2", "--peers", "hf,hf-scored"]
 
 
-@pytest.fixture(scope="module")
-def gpu() -> Iterator[ModuleType]:
-    """``benchmarks/gpu.py``, imported as it is when it runs: beside the files that it imports."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("gpu")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def ops(gpu: ModuleType) -> ModuleType:
-    return gpu.bench_ops
-
-
-def strict(path: Path) -> Any:
-    """JSON as other languages read it: no NaN."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
-def arguments(gpu: ModuleType, *more: str) -> argparse.Namespace:
+def arguments(*more: str) -> argparse.Namespace:
     return gpu.parsed([*QUICK, *more])
-
-
-def result_of(gpu: ModuleType, folder: Path) -> Any:
-    return gpu.Result(folder / "gpu.json", {"device": "none"})
 
 
 # ---- the whole of it
 
 
 @compiled
-def test_the_whole_script_on_toy_shapes(gpu: ModuleType, tmp_path: Path) -> None:
+def test_the_whole_script_on_toy_shapes(tmp_path: Path) -> None:
     lengths = ["--lengths", "9,70", "--dtypes", "float32"]
     assert gpu.main([*QUICK, *lengths, "--results", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
@@ -90,15 +60,39 @@ def test_the_whole_script_on_toy_shapes(gpu: ModuleType, tmp_path: Path) -> None
     named |= {"pre_norm", "vocab_logprob", "vocab_topk", "rotary"}
     assert {check["op"] for check in result["checks"]} == {row["op"] for row in result["ops"]} == named
     assert {row["backend"] for row in result["ops"]} == {"cpu", "reference"}
+    questions = {(row["shape"], row["case"], row["copies"], row["peer"]) for row in result["ranking"]}
+    asked = [
+        ("3 candidates of 4 tokens, 1 different, after 9", 6 * 12),
+        ("4 candidates of 1 token, 1 different, after 20", 6 * 4),
+    ]
+    pairs = [(shape, peer) for shape in ("toy-deberta", "toy-roberta") for peer in ("hf-eager", "hf-scored")]
+    assert questions == {(shape, *question, peer) for shape, peer in pairs for question in asked}
+    assert [row["details"]["unique_copies"] for row in result["ranking"]] == [48, 48, 6, 6] * 2
+    sides = ["exact", "window", "drafted", "hf-loop", "gpt2"]
+    assert [row["side"] for row in result["generation"]] == sides * 2
+    assert all(row["seconds_token"] > 0 and row["prompt"] == 9 for row in result["generation"])
     table = (folder / "gpu.md").read_text()
-    assert table.count("| toy-deberta |") == 4
-    assert "## The ops one by one" in table
+    assert table.count("| toy-deberta |") == 4 + 4 + 5
+    assert all(title in table for title in ("## A pass", "### Ranking", "### Generation", "### The ops one by one"))
+    assert f"commit {result['header']['commit']}" in table
+
+    # The same again does nothing anew.
+    assert gpu.main([*QUICK, *lengths, "--results", str(tmp_path), "--budget", "0"]) == 0
+    again = strict(folder / "gpu.json")
+    (continued,) = again["header"].pop("continued")
+    assert continued["time"] >= result["header"]["time"]
+    for changing in ("copy_bandwidth", "matrix_rates"):
+        again["header"].pop(changing), result["header"].pop(changing)
+    assert again == result
+    assert "Continued" in (folder / "gpu.md").read_text()
+    # Another setting is another result.
+    assert gpu.main([*QUICK, *lengths, "--results", str(tmp_path), "--rounds", "3"]) == 2
     if importlib.util.find_spec("matplotlib"):
         assert (folder / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.gpu
-def test_the_whole_script_on_a_gpu(gpu: ModuleType, tmp_path: Path) -> None:
+def test_the_whole_script_on_a_gpu(tmp_path: Path) -> None:
     flags = ["--device", "cuda", "--toy", "--rounds", "2", "--peers", "hf,hf-scored", "--lengths", "9,70"]
     gpu.main([*flags, "--results", str(tmp_path)])
     (folder,) = tmp_path.iterdir()
@@ -150,20 +144,49 @@ def test_a_kill_leaves_what_was_measured(tmp_path: Path) -> None:
     assert left["rows"] and left["header"]["matrix_rates"]
 
 
-def test_wrong_requests(gpu: ModuleType, tmp_path: Path) -> None:
-    for flags in (["--peers", "gpt"], ["--dtypes", "int8"], ["--device", "moon"]):
+def test_wrong_requests(tmp_path: Path) -> None:
+    for flags in (["--peers", "gpt"], ["--dtypes", "int8"], ["--device", "moon"], ["--parts", "x"], ["--sides", "x"]):
         assert gpu.main([*QUICK, *flags, "--results", str(tmp_path)]) == 2
     if not torch.cuda.is_available():
         assert gpu.main(["--results", str(tmp_path)]) == 2
+    for backend, reason in (("x", "choose from cpu, cuda"), ("triton", "triton does not run on cpu")):
+        with pytest.raises(RequestError, match=reason):
+            gpu.checked(arguments("--op-backends", backend))
     assert not list(tmp_path.iterdir())
+
+
+@compiled
+def test_backends_of_ops_are_those_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    its = arguments()
+    gpu.checked(its)
+    assert its.op_backends == ["cpu", "reference"]
+    monkeypatch.setattr(gpu, "check_device", lambda device: None)
+    for here in (["cuda", "triton", "reference"], ["triton", "reference"]):
+        monkeypatch.setattr(gpu, "refusal", lambda name, *_, here=here: None if name in here else f"no {name}")
+        its = arguments("--device", "cuda")
+        gpu.checked(its)
+        assert its.op_backends == here
+    with pytest.raises(RequestError, match="no cuda"):
+        gpu.checked(arguments("--device", "cuda", "--op-backends", "cuda"))
+
+
+def test_the_commit_of_files_without_a_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    its = arguments("--commit", "abc")
+    gpu.checked(its)
+    monkeypatch.setattr(machine, "commit", lambda: None)
+    assert gpu.header_of(its, 1.0)["commit"] == "abc"
+    monkeypatch.setattr(machine, "commit", lambda: "def-dirty")
+    header = gpu.header_of(its, 1.0)
+    assert header["commit"] == "def-dirty"
+    assert len(header["sources"]) == 12 and header["sources"] == machine.sources()
 
 
 # ---- order and budget
 
 
-def test_what_matters_most_comes_first(gpu: ModuleType) -> None:
-    everyone = [*gpu.PEERS, *gpu.COMPILED]
-    found = gpu.blocks(gpu.SHAPE_NAMES, ("bfloat16", "float32"), gpu.LENGTHS, everyone)
+def test_what_matters_most_comes_first() -> None:
+    everyone = [*steps.PEERS, *steps.COMPILED]
+    found = steps.blocks(steps.SHAPE_NAMES, ("bfloat16", "float32"), steps.LENGTHS, everyone)
     order = [case for block in found for case in block]
     assert [(c.shape, c.dtype, c.length) for c in order[:4]] == [
         ("deberta-v3-base", "bfloat16", length) for length in (64, 128, 24, 512)
@@ -172,47 +195,52 @@ def test_what_matters_most_comes_first(gpu: ModuleType) -> None:
     assert len(plain) == len(set(plain))
     assert set(plain) == {
         (shape, dtype, length)
-        for shape in gpu.SHAPE_NAMES
+        for shape in steps.SHAPE_NAMES
         for dtype in ("bfloat16", "float32")
-        for length in gpu.LENGTHS
+        for length in steps.LENGTHS
         if length <= 512 or "roberta" not in shape
     }
     for case in order:
-        assert ("disentangled-flash" in case.against) <= case.shape.startswith("deberta")
+        for peer in ("disentangled-flash", "flashdeberta"):
+            assert (peer in case.against) == (case.shape.startswith("deberta") and "hf" in case.against)
+    assert {case.shape for case in order if case.against == ("hf-compile",)} == set(steps.SHAPE_NAMES)
     assert not any(case.length > 512 for block in found[:6] for case in block)
-    assert [c for block in gpu.blocks(["roberta-base"], ["float32"], [64], ["disentangled-flash"]) for c in block] == []
+    assert not any(steps.blocks(["roberta-base"], ["float32"], [64], ["disentangled-flash", "flashdeberta"]))
 
 
-def test_the_budget_is_kept(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
-    ran: list[str] = []
-
-    def step(name: str, guess: float, takes: float) -> Any:
-        def run() -> dict[str, list[Any]]:
-            ran.append(name)
-            clock[0] += takes
-            if name == "fails":
-                raise torch.OutOfMemoryError("no room")
-            return {"checks": [{"agrees": True}]}
-
-        return gpu.Step(name, guess, run)
-
-    result = result_of(gpu, tmp_path)
-    todo = [step("first", 5, 9), step("fails", 5, 1), step("too long", 11, 1), step("fits", 9, 9), step("late", 5, 1)]
-    gpu.carry_out(iter(todo), result, budget=20)
-    assert ran == ["first", "fails", "fits"]
-    left = strict(result.path)
-    assert left["not_run"] == ["too long", "late"]
-    assert left["failed"] == [{"step": "fails", "reason": "OutOfMemoryError: no room"}]
-    assert not result.agrees
+def test_every_shape_has_a_guess() -> None:
+    guesses = {shape: steps.seconds_of(shape) for shape in SHAPES}
+    assert all(guess == 1 for shape, guess in guesses.items() if shape.startswith("toy"))
+    assert guesses["modernbert-base"] == pytest.approx(guesses["deberta-v3-base"], rel=0.1)
+    assert guesses["esm2-t33-650m"] == pytest.approx(guesses["deberta-v2-xlarge"], rel=0.1)
+    assert guesses["deberta-v2-xxlarge"] > guesses["deberta-v2-xlarge"] > guesses["roberta-large"] > 15
+    # Everything but the embeddings, the head's first product, norms and biases.
+    for shape in ("modernbert-base", "esm2-t33-650m", "deberta-v3-base"):
+        with torch.device("meta"):
+            model = SHAPES[shape].model_class(SHAPES[shape].config_class(**SHAPES[shape].settings))
+        layers = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layer" in name]
+        assert sum(p.numel() for p in layers) / 1e6 == pytest.approx(steps.millions(shape), rel=1e-3)
 
 
-def test_results_hold_no_nan(gpu: ModuleType, tmp_path: Path) -> None:
-    result = result_of(gpu, tmp_path)
-    result.add({"checks": [{"agrees": False, "error": float("nan"), "more": (1.5, float("inf"))}]})
-    assert strict(result.path)["checks"] == [{"agrees": False, "error": None, "more": [1.5, None]}]
-    assert not result.agrees
+def test_steps_have_names_of_their_own() -> None:
+    its = gpu.parsed(["--device", "cpu", "--op-backends", "reference"])
+    measuring = steps.Measuring(arguments(), ((32, 32, 32),), 1e12)
+    found = [step.name for step in steps.steps(its, measuring)]
+    assert len(set(found)) == len(found)
+    for shape in steps.SHAPE_NAMES:
+        for dtype in ("bfloat16", "float32"):
+            wanted = {f"{shape}, {dtype}, ranking against hf, hf-scored"}
+            wanted |= {f"{shape}, {dtype}, generation after {prompt} tokens" for prompt in (32, 384)}
+            assert wanted <= set(found)
+    only = gpu.parsed(["--device", "cpu", "--op-backends", "reference", "--parts", "rank", "--dtypes", "float32"])
+    ranked = [name for name in found if "float32, ranking" in name]
+    assert [step.name for step in steps.steps(only, measuring) if "against float64" not in step.name] == ranked
+
+
+def test_a_long_prompt_fits_every_shape() -> None:
+    for shape in steps.SHAPE_NAMES:
+        assert max(steps.PROMPTS) + 64 - 1 + 3 + 2 <= SHAPES[shape].held
+        assert max(question.length for question in steps.QUESTIONS) <= SHAPES[shape].held
 
 
 # ---- passes
@@ -233,30 +261,39 @@ class Paced:
 
 
 @pytest.mark.parametrize(("seconds_a_copy", "copies"), [(1e-6, 64), (0.004, 64), (0.047, 8), (9.0, 1)])
-def test_copies_are_cut_to_what_a_repeat_may_take(gpu: ModuleType, seconds_a_copy: float, copies: int) -> None:
+def test_copies_are_cut_to_what_a_repeat_may_take(seconds_a_copy: float, copies: int) -> None:
     bench = Paced(seconds_a_copy)
-    assert gpu.capped(bench, 64, ["hf"], 6400, 0.5) == copies
+    assert steps.capped(bench, 64, ["hf"], 6400, 0.5) == copies
     assert bench.tries <= 2
 
 
-def test_a_probe_that_underrates_the_whole_is_not_the_last_word(gpu: ModuleType) -> None:
-    assert gpu.capped(Paced(0.004, doubled=60), 64, ["hf"], 6400, 0.5) == 32  # 64 take 0.512 s
+def test_a_probe_that_underrates_the_whole_is_not_the_last_word() -> None:
+    assert steps.capped(Paced(0.004, doubled=60), 64, ["hf"], 6400, 0.5) == 32  # 64 take 0.512 s
 
 
-def test_batches_divide_the_copies(gpu: ModuleType) -> None:
+def test_batches_divide_the_copies() -> None:
     for copies in (1, 2, 3, 127, 128, 511, 512, 1023, 2730):
-        rounded = gpu.even(copies)
+        rounded = steps.even(copies)
         assert copies / 2 < rounded <= copies
         for batch in (1, 32, 256, 512):
             assert rounded % min(batch, rounded) == 0
-    assert gpu.even(2730) == 2560
+    assert steps.even(2730) == 2560
 
 
-def test_a_pass_is_cut(gpu: ModuleType) -> None:
-    passes = gpu.Passes(arguments(gpu, "--most-seconds", "1e-9"), ((32, 32, 32),))
-    found = passes.run(gpu.Case("toy-roberta", "float32", 9, ("hf",)))
+def test_a_pass_is_cut() -> None:
+    measuring = steps.Measuring(arguments("--most-seconds", "1e-9"), ((32, 32, 32),), 1e12)
+    found = measuring.passes(steps.Case("toy-roberta", "float32", 9, ("hf",)))
     assert [row["copies"] for row in found["rows"]] == [1]
-    assert passes.rates["float32"] > 0
+    assert measuring.rates["float32"] > 0
+
+
+def test_a_compiled_peer_has_the_copies_that_others_had_in_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "COMPILED", ("hf-scored",))  # which compiles in no time
+    row = {"shape": "toy-roberta", "dtype": "float32", "length": 9, "copies": 5}
+    measuring = steps.Measuring(arguments(), ((32, 32, 32),), 1e12, ([row], {"float32": 1e15}))
+    found = measuring.passes(steps.Case("toy-roberta", "float32", 9, ("hf-scored",)))
+    assert [row["copies"] for row in found["rows"]] == [5]
+    assert measuring.rates["float32"] == 1e15
 
 
 def test_a_failing_peer_has_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,69 +352,3 @@ def test_on_a_gpu_batches_are_bounded_by_memory() -> None:
         sizes[length] = peer.batch
     # Numbers of 2 bytes in 4 GiB: 698 copies' logits, then 32 and 8.
     assert sizes == {24: 512, 512: 32, 2048: 8}
-
-
-# ---- ops
-
-
-def test_work_of_attention_by_hand(ops: ModuleType) -> None:
-    found = {(case.op, case.name): case for case in ops.cases(ops.TOY, [8])}
-    plain = found["attention", "24 copies of 8"]
-    assert plain.flops == 24 * 4 * 8 * 8 * 32  # two products of 8 x 8 x 32
-    assert found["vocab_logprob", "24 rows"].flops == 2 * 24 * 32 * 300
-    # Distances below 8 all have rows of their own: as many position products as pairs, twice.
-    assert found["disentangled_attention", "24 copies of 8"].flops == 2 * plain.flops
-    assert attention_dots(torch.arange(8).numpy(), 8, None) == 2 * 64
-    # 1 + 1 + 1 keys for those inside, one less at both ends; some of a longer sequence's middle
-    assert attention_dots(torch.arange(8).numpy(), 8, None, window=1) == 2 * (6 * 3 + 2 * 2)
-    assert attention_dots(torch.tensor([0, 9]).numpy(), 20, None, window=3) == 2 * (4 + 7)
-
-
-def test_bytes_are_inputs_once_and_outputs_once(ops: ModuleType) -> None:
-    draw = ops.Draw(torch.bfloat16, "cpu", 0)
-    found = {case.op: case for case in ops.cases(ops.TOY, [8])}
-    norm = found["add_layer_norm"].make(draw)
-    out = torch.empty(192, 32, dtype=torch.bfloat16)
-    assert ops.bytes_moved(found["add_layer_norm"], norm, out) == 3 * 192 * 32 * 2 + 3 * 32 * 2
-    embedding = found["masked_embedding"].make(draw)
-    rows = 192 * 8 + 12 * 8 + 192 * 32 * 2  # ids, masked rows, a row of the table each
-    assert ops.bytes_moved(found["masked_embedding"], embedding, out) == rows + 192 * 32 * 2
-
-
-@compiled
-@pytest.mark.parametrize("op", ["linear", "vocab_topk", "disentangled_attention"])
-def test_a_wrong_op_gets_no_speed(ops: ModuleType, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(case for case in ops.cases(ops.TOY, [9]) if case.op == op)
-    honest = ops._op
-
-    def wrong(case: Any, given: tuple[Any, ...], backend: str) -> Any:
-        found = honest(case, given, backend)
-        if backend != "cpu":
-            return found
-        if op == "vocab_topk":  # the right values, and another token's id
-            logprobs, ids = found
-            ids[0, 0] = ids[0, 1]
-            return logprobs, ids
-        found[-1, -1] += 0.01 if op == "linear" else torch.nan
-        return found
-
-    monkeypatch.setattr(ops, "_op", wrong)
-    rates = {"matrix_rate": 1e12, "bandwidth": 1e12, "rounds": 1}
-    bad, good = ops.measure(case, torch.float32, "cpu", ["cpu", "reference"], **rates)
-    assert not bad["agrees"] and "seconds" not in bad
-    assert good["agrees"] and good["seconds"] > 0
-
-
-def test_an_op_that_cannot_run_says_why(ops: ModuleType) -> None:
-    case = next(ops.cases(ops.TOY, [9]))
-    rates = {"matrix_rate": 1e12, "bandwidth": 1e12, "rounds": 1}
-    refused, good = ops.measure(case, torch.float32, "cpu", ["triton", "reference"], **rates)
-    assert refused["failure"].startswith("BackendError: backend 'triton' was asked for, but")
-    assert good["agrees"]
-
-
-def test_inputs_are_drawn_anew_for_every_set(ops: ModuleType) -> None:
-    case = next(case for case in ops.cases(ops.TOY, [9]) if case.op == "linear")
-    first, second = ops.input_sets(case, torch.float32, "cpu")
-    assert not torch.equal(first[0], second[0])
-    assert torch.equal(first[0], ops.input_sets(case, torch.float32, "cpu")[0][0])

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 from typer.testing import CliRunner
 
 from mlmfast.bench import app, peers
@@ -30,6 +35,8 @@ def installed(name: str, shape: str = "toy-deberta") -> None:
     """Skips where a peer's packages are not there, or it does not know the shape's family."""
     if name == "disentangled-flash" and shape != "toy-deberta":
         pytest.skip("disentangled-flash computes DeBERTa-v2 and v3")
+    if "cpu" not in peers.PEERS[name].devices:
+        pytest.skip(f"{name} computes on {' and '.join(peers.PEERS[name].devices)}")
     for package in peers.PEERS[name].packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f'{name} needs {package}: pip install "mlmfast[peers]"')
@@ -151,6 +158,62 @@ def test_disentangled_flash_beyond_the_trained_length(length: int) -> None:
     installed("disentangled-flash")
     bench = Bench("toy-deberta", against=["disentangled-flash"])
     assert bench.agreement(bench.texts(length, 6)).holds
+
+
+def flashdeberta(attention: type, monkeypatch: pytest.MonkeyPatch, shape: str = "toy-deberta") -> Any:
+    """The peer over a package that holds this attention."""
+    pytest.importorskip("triton")
+    package = SimpleNamespace(FlashDisentangledSelfAttention=attention)
+    monkeypatch.setitem(sys.modules, "flashdeberta.model", package)
+    return peers.FlashDeBERTa(peers.Subject(SHAPES[shape].model(), SHAPES[shape].tokenizer(), batch=3))
+
+
+def test_flashdeberta_puts_its_attention_into_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's place is taken by an attention that counts, and is Hugging Face's otherwise."""
+    knobs = pytest.importorskip("triton.knobs")
+    asked: list[str | None] = []
+
+    class Counting(DisentangledSelfAttention):
+        def forward(self, *given: Any, **named: Any) -> Any:
+            asked.append(knobs.language.fp32_default)
+            return super().forward(*given, **named)
+
+    peer = flashdeberta(Counting, monkeypatch)
+    bench = Bench("toy-deberta")
+    plan = bench.plan(bench.texts(9, 7))
+    np.testing.assert_allclose(peer.logprobs(plan), bench.ours(bench.texts(9, 7)), atol=1e-4)
+    assert asked == ["ieee"] * 2 * 3  # two layers, batches of 3, 2 and 2
+    assert knobs.language.fp32_default is None
+    layers = peer._subject.model.deberta.encoder.layer
+    assert {type(layer.attention.self) for layer in layers} == {DisentangledSelfAttention}
+    assert all(a is b for a, b in zip(peer._model.parameters(), peer._subject.model.parameters()))
+
+
+def test_flashdeberta_refuses_what_it_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = flashdeberta(DisentangledSelfAttention, monkeypatch)
+    bench = Bench("toy-deberta")
+    with pytest.raises(RequestError, match="one length only, not of 3 to 33 tokens"):
+        peer.logprobs(bench.plan(mixed("toy-deberta")))
+    for shape in ("toy-roberta", "toy-deberta-v1"):
+        with pytest.raises(RequestError, match="computes DeBERTa-v2 and v3, not"):
+            flashdeberta(DisentangledSelfAttention, monkeypatch, shape)
+    with pytest.raises(RequestError, match="flashdeberta computes on cuda here, not on cpu"):
+        peers.named(["flashdeberta"], "float32")
+
+
+@pytest.mark.parametrize("length", [9, 64, 150])
+def test_flashdeberta_computes_what_hugging_face_does(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in (*peers.FlashDeBERTa.packages, "triton"):
+        pytest.importorskip(package)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # Triton's interpreter, see conftest.py
+        monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    shape = SHAPES["toy-deberta"]
+    model = replace(shape, settings=shape.settings | {"num_attention_heads": 2}).model(device=device)  # 16 wide
+    subject = peers.Subject(model, shape.tokenizer())
+    plan = make_plan(shape.texts(length, 3), subject.tokenizer.mask_token_id)
+    expected = peers.HuggingFaceScored(subject).logprobs(plan)
+    np.testing.assert_allclose(peers.FlashDeBERTa(subject).logprobs(plan), expected, atol=1e-5)
 
 
 def test_minicons_knows_one_mask_a_copy() -> None:

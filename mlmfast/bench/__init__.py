@@ -28,8 +28,9 @@ def pll(
     shapes: Annotated[
         str,
         typer.Option(
-            help="deberta-v3-base, deberta-v2-xlarge, deberta-v2-xxlarge, roberta-base, roberta-large, toy-deberta, "
-            "toy-roberta; commas between."
+            help="deberta-v3-base, deberta-v2-xlarge, deberta-v2-xxlarge, deberta-v1-base, roberta-base, "
+            "roberta-large, xlm-roberta-base, modernbert-base, esm2-t12-35m, esm2-t30-150m, esm2-t33-650m, "
+            "toy-deberta, toy-deberta-v1, toy-roberta, toy-modernbert, toy-esm; commas between."
         ),
     ] = "deberta-v3-base,roberta-base",
     lengths: Annotated[str, typer.Option(help="Tokens a text, special ones included; commas between.")] = "24,64,128",
@@ -47,8 +48,8 @@ def pll(
     against: Annotated[
         str,
         typer.Option(
-            help="hf (eager attention), hf-scored (its head on scored rows), hf-compile, disentangled-flash, minicons, "
-            "onnxruntime, openvino; commas between; "
+            help="hf (eager attention), hf-scored (its head on scored rows), hf-compile, disentangled-flash, "
+            "flashdeberta (on a GPU, texts of one length), minicons, onnxruntime, openvino; commas between; "
             "hf:float32 compares with float32 whatever the dtype."
         ),
     ] = "hf",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -86,3 +88,16 @@ def commit() -> str | None:
         return subprocess.run(describe, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def sources() -> str:
+    """A fingerprint of the source that runs, in 12 digits: tells versions apart where no commit is known, or all that
+    differs is not committed."""
+    found = hashlib.sha256()
+    for package in ("mlmfast", "mlmfast.kernels"):
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec is not None else ():
+            for path in sorted(Path(folder).rglob("*")):
+                if path.suffix in (".py", ".json", ".so", ".pyd"):
+                    found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()[:12]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Row:
         seconds, peer_seconds, ratio: of a whole pass, and the peer's over ours: above 1 is a win.
         peak_share: useful operations a second over the machine's matrix-product peak.
         max_abs_diff: largest difference of two log-probabilities, ours and the peer's; None where the peer failed.
-        case: ``"random"`` tokens in texts of one length, or real ``"texts"``.
+        case: ``"random"`` tokens in texts of one length, real ``"texts"``, or a question of :mod:`mlmfast.bench.rank`.
         peer_dtype: what the peer computed in.
         shortest: tokens of the shortest copy.
         tokens: rows of all copies together.
@@ -96,9 +96,14 @@ class Bench:
         keep_going: a peer that cannot serve or fails, for want of memory say, has a row with the reason, instead of
             ending everything.
 
+    Attributes:
+        spelled: whether the tokenizer knows words, for benches that are given text.
+
     Raises:
         RequestError: an argument is not known, or a peer is not installed or does not serve.
     """
+
+    spelled: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -123,7 +128,7 @@ class Bench:
             with self._failing(label):
                 wanted[label] = peers.named([label], dtype, torch.device(device).type)[label][0]
         self.model = self.shape.model(device=device).to(DTYPES[dtype])
-        self.tokenizer = self.shape.tokenizer()
+        self.tokenizer = self.shape.tokenizer(self.spelled)
         self.lm = mlmfast.load(self.model, self.tokenizer, backend=backend)
         self._models = {dtype: self.model}
         for label, peer in wanted.items():

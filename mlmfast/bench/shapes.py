@@ -225,6 +225,7 @@ SHAPES = {
     "modernbert-base": _modernbert(**(BASE | {"num_hidden_layers": 22, "intermediate_size": 1152})),
     "esm2-t12-35m": _esm(480, 12),
     "esm2-t30-150m": _esm(640, 30),
+    "esm2-t33-650m": _esm(1280, 33),
     # To try the machinery in a second; nobody's model.
     "toy-deberta": _deberta(**TOY, vocab_size=300, max_position_embeddings=64, position_buckets=16),
     "toy-deberta-v1": _deberta_v1(**TOY, vocab_size=300, max_position_embeddings=64),

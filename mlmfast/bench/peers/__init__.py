@@ -12,20 +12,22 @@ from typing import TypeVar
 
 from mlmfast.bench.peers.disentangled_flash import DisentangledFlash
 from mlmfast.bench.peers.exported import OnnxRuntime, OpenVINO
+from mlmfast.bench.peers.flashdeberta import FlashDeBERTa
 from mlmfast.bench.peers.huggingface import HuggingFaceCompiled, HuggingFaceEager
 from mlmfast.bench.peers.minicons import Minicons
 from mlmfast.bench.peers.scored import HuggingFaceScored
 from mlmfast.bench.peers.subject import Peer, Served, Subject
 from mlmfast.errors import RequestError
 
-__all__ = ["PEERS", "DisentangledFlash", "HuggingFaceCompiled", "HuggingFaceEager", "HuggingFaceScored", "Minicons"]
-__all__ += ["OnnxRuntime", "OpenVINO", "Peer", "Subject", "named", "versions"]
+__all__ = ["PEERS", "DisentangledFlash", "FlashDeBERTa", "HuggingFaceCompiled", "HuggingFaceEager", "HuggingFaceScored"]
+__all__ += ["Minicons", "OnnxRuntime", "OpenVINO", "Peer", "Subject", "named", "versions"]
 
 PEERS: dict[str, type[Peer]] = {
     "hf": HuggingFaceEager,
     "hf-scored": HuggingFaceScored,
     "hf-compile": HuggingFaceCompiled,
     "disentangled-flash": DisentangledFlash,
+    "flashdeberta": FlashDeBERTa,
     "minicons": Minicons,
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVINO,
