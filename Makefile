@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 # Any pip flags for torch. For the CPU build on Linux, much smaller than the CUDA build that PyPI serves:
 #   make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_FLAGS ?=
+TRITON ?=
 CORPUS ?=
 WORDNET ?= /usr/share/wordnet
 
@@ -109,9 +110,11 @@ gpu-bench:
 gpu-tune:
 	$(FROM_CHECKOUT) benchmarks/tune.py
 
-# Registers, stack and shared memory of every Triton kernel, compiled for three GPUs; no GPU is needed.
+# Registers, stack and shared memory of every Triton kernel, compiled for three GPUs; no GPU is needed. By another Triton than
+# the one that make test installs, in an environment and a table of its own: make kernel-resources TRITON=3.6.0 VENV=.venv-3.6
 kernel-resources: $(VENV)/.installed
-	$(PY) benchmarks/resources.py --output benchmarks/results/triton_resources
+	$(if $(TRITON),$(PIP) --no-deps triton==$(TRITON))
+	$(PY) benchmarks/resources.py --output benchmarks/results/triton_resources$(TRITON:%=_%)
 
 tiny: $(VENV)/.installed
 	@test -n "$(CORPUS)" || { echo 'make tiny CORPUS="folder/*.txt.gz" [WORDNET=folder]: texts to train on'; exit 2; }

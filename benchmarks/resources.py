@@ -274,9 +274,9 @@ def main() -> None:
         print(json.dumps(asdict(entry)), flush=True)
     if arguments.output:
         versions = f"Triton {triton.__version__}"
-        arguments.output.with_suffix(".md").write_text(table(found, versions), encoding="utf-8")
+        Path(f"{arguments.output}.md").write_text(table(found, versions), encoding="utf-8")
         text = json.dumps({"triton": triton.__version__, "kernels": [asdict(entry) for entry in found]}, indent=1)
-        arguments.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        Path(f"{arguments.output}.json").write_text(text + "\n", encoding="utf-8")
     faulty = [entry for entry in found if entry.faults]
     for entry in faulty:
         print(

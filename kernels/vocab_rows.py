@@ -59,16 +59,18 @@ def log_softmax_kernel(
     BLOCK: tl.constexpr,
 ):
     row = logits + tl.program_id(0).to(tl.int64) * tokens
+    # Tiles are [1, BLOCK] from the load on: one that becomes so later may be laid out whole in every thread.
+    columns = tl.arange(0, BLOCK)[None, :]
     top = tl.full([1], float("-inf"), tl.float32)
     total, spread = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
     for start in range(0, tokens, BLOCK):
-        c = start + tl.arange(0, BLOCK)
+        c = start + columns
         tile = tl.load(row + c, mask=c < tokens, other=float("-inf"))
-        top, total, spread = with_tile(tile[None, :], top, total, spread, False)
+        top, total, spread = with_tile(tile, top, total, spread, False)
     for start in range(0, tokens, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        tile = tl.load(row + c, mask=c < tokens, other=0.0)[None, :]
-        tl.store((row + c)[None, :], tile - top[:, None] - tl.log(total)[:, None], mask=(c < tokens)[None, :])
+        c = start + columns
+        tile = tl.load(row + c, mask=c < tokens, other=0.0)
+        tl.store(row + c, tile - top[:, None] - tl.log(total)[:, None], mask=c < tokens)
 
 
 def vocab_rows(hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
