@@ -131,8 +131,9 @@ def resources(op: str, case: str, dtype: str, launch: Recorded, capability: int)
     faults = []
     if stack:
         faults.append(f"{stack} bytes of stack")
-    if shared > SHARED[capability]:
-        faults.append(f"{shared} bytes of shared memory where {SHARED[capability]} are there")
+    room = SHARED[max(known for known in SHARED if known <= capability)]
+    if shared > room:
+        faults.append(f"{shared} bytes of shared memory where {room} are there")
     if dtype == "float32" and "tf32" in built.asm["ptx"]:
         faults.append("TF32 in float32")
     name = launch.kernel.__name__

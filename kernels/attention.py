@@ -144,8 +144,12 @@ def usual_banded_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
         tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 32)
     if dtype == torch.float32:
         return tiles
-    held = tiles["BLOCK_M"] * (tiles["BLOCK_N"] + width)  # scores and sums
-    return tiles | {"num_warps": 8 if held > 40 * 128 else 4}  # at most 40 a thread of 4 warps
+    return tiles | {"num_warps": warps_for(tiles, width)}
+
+
+def warps_for(tiles: Launch, width: int) -> int:
+    """By what a program holds: of scores and sums, at most 40 a thread of 4 warps."""
+    return 8 if tiles["BLOCK_M"] * (tiles["BLOCK_N"] + width) > 40 * 128 else 4
 
 
 def usual_biased_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Launch:
@@ -153,7 +157,9 @@ def usual_biased_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
     if dtype == torch.float32:
         return usual_launch(dtype, width, queries, keys)
     tiles = usual_banded_launch(dtype, width, queries, keys)
-    return tiles if tiles["BLOCK_M"] == 16 else tiles | {"BLOCK_N": max(16, min(64, keys))}
+    if tiles["BLOCK_M"] > 16:
+        tiles = tiles | {"BLOCK_N": max(16, min(64, keys))}
+    return tiles | {"num_warps": warps_for(tiles, width)}
 
 
 def attend(
@@ -183,7 +189,7 @@ def attend(
     heads, width = q.shape[1:]
     sequences = len(cu_seqlens_q) - 1
     terms = k_terms if q_terms is None else q_terms
-    name, usual = "attention", usual_launch
+    name, usual = "attention" if local_window < 0 else "local_attention", usual_launch
     if terms is not None:
         name, usual = "disentangled_attention", usual_banded_launch
         if terms.stride(1) == 0:

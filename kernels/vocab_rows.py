@@ -7,12 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlmfast.kernels.launches import COMPILED
+from mlmfast.kernels.launches import Launch, launch
 from mlmfast.kernels.rows import on_device_of
 from mlmfast.kernels.vocab_tiles import Product, logits_tile, with_tile
-
-# Tokens of a row that are normalised at once.
-BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,11 +70,17 @@ def log_softmax_kernel(
         tl.store(row + c, tile - top[:, None] - tl.log(total)[:, None], mask=c < tokens)
 
 
+def usual_softmax_launch(dtype: torch.dtype, tokens: int) -> Launch:
+    """Without a measured one: the tokens of a row that are normalised at once, whatever its length."""
+    return {"BLOCK": 4096, "num_warps": 8}
+
+
 def vocab_rows(hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
-    product = Product.of(hidden, vocabulary, bias, temperature)
+    product = Product.of("vocab_rows", hidden, vocabulary, bias, temperature)
     out = torch.empty(product.rows, product.tokens, dtype=torch.float32, device=hidden.device)
     if product.rows:
         with on_device_of(hidden):
             vocab_rows_kernel[product.grid[0], product.tile_columns](out, *product.arguments(), **product.tiles)
-            log_softmax_kernel[(product.rows,)](out, product.tokens, BLOCK=BLOCK, num_warps=8, **COMPILED)
+            tiles = launch("log_softmax", out.device, usual_softmax_launch, out.dtype, product.tokens)
+            log_softmax_kernel[(product.rows,)](out, product.tokens, **tiles)
     return out

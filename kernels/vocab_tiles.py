@@ -122,8 +122,9 @@ class Product:
     tiles: Launch
 
     @classmethod
-    def of(cls, hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float) -> Product:
-        tiles = launch("vocab", hidden.device, usual_launch, hidden.dtype, hidden.shape[1])
+    def of(cls, op: str, hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float) -> Product:
+        """As an op goes through it: their epilogues want different tiles."""
+        tiles = launch(op, hidden.device, usual_launch, hidden.dtype, hidden.shape[1])
         return cls(whole(hidden), whole(vocabulary), whole(bias), temperature, tiles)
 
     @property
