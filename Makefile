@@ -21,9 +21,10 @@ PEERS_BFLOAT16 ?= hf hf_float32 hf-compile minicons openvino
 BENCH_PLL = $(VENV)/bin/mlmfast bench pll --lengths $(LENGTHS) --copy-tokens 4096 --texts $(TEXTS) --field $(FIELD) --pairs $(PAIRS)
 RUNS = $(PEERS:%=$(RESULTS)/cpu_float32_%.json) $(PEERS_BFLOAT16:%=$(RESULTS)/cpu_bfloat16_%.json)
 
-# make gpu-bench: seconds, and any other flags of benchmarks/gpu.py
+# make gpu-bench, make gpu-tune: seconds, and any other flags of benchmarks/gpu.py or benchmarks/tune.py
 BUDGET ?= 540
 GPU_FLAGS ?=
+TUNE_FLAGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -106,9 +107,10 @@ gpu-test:
 gpu-bench:
 	$(FROM_CHECKOUT) benchmarks/gpu.py --budget $(BUDGET) $(GPU_FLAGS)
 
-# How each Triton kernel is best launched on this GPU, into kernels/configs/<device>.json.
+# How each Triton kernel is best launched on this GPU, within BUDGET seconds, into kernels/configs/<device>.json; a second run
+# goes on where the first ended.
 gpu-tune:
-	$(FROM_CHECKOUT) benchmarks/tune.py
+	$(FROM_CHECKOUT) benchmarks/tune.py --budget $(BUDGET) $(TUNE_FLAGS)
 
 # Registers, stack and shared memory of every Triton kernel, compiled for three GPUs; no GPU is needed. By another Triton than
 # the one that make test installs, in an environment and a table of its own: make kernel-resources TRITON=3.6.0 VENV=.venv-3.6

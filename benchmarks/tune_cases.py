@@ -50,7 +50,7 @@ class Scale:
 
 FULL = Scale()
 # For Triton's interpreter, which takes milliseconds for every program.
-TOY = Scale(tokens=64, scored=5, vocabulary=150, width=32, most=32)
+TOY = Scale(tokens=64, scored=5, vocabulary=150, width=64, most=64)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def attention_tiles(dtype: torch.dtype, width: int, queries: int, keys: int, ban
         {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
         for m, n in itertools.product(rows, columns)
         if least <= m * n <= largest
-        for warps in warps_of(m * (n + width), 8, most)
+        for warps in warps_of(m * (n + width), 12, most)
         for stages in ((1,) if n >= keys else (2, 3))
     )
 
@@ -203,9 +203,9 @@ def vocab_case(kernel: str, dtype: torch.dtype, width: int, scale: Scale) -> Cas
     narrow = dtype != torch.float32
     tiles = tuple(
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-        for m, n in (((64, 128), (128, 128), (64, 256), (128, 256)) if narrow else ((32, 64), (64, 64), (64, 32)))
+        for m, n in (((64, 128), (128, 128), (64, 256)) if narrow else ((32, 64), (64, 64), (64, 32)))
         for k in ((64, 128) if narrow else (16, 32))
-        for warps in warps_of(m * n, 8 if not narrow else 32, 32 if not narrow else 128)
+        for warps in (warps_of(m * n, 32, 64) if narrow else warps_of(m * n, 8, 16))
         for stages in ((3, 4) if k == 64 else (2, 3))
     )
     return Case(kernel, dtype, (width,), vocab_tiles.usual_launch, *both(kernel), given, tiles)

@@ -1,8 +1,8 @@
 """Candidates compiled side by side into Triton's cache on disk, before a GPU is asked to run one.
 
-A process compiles what a launch would: the op is called on tensors without data and its launches are recorded
-(``resources.py``). What spills registers or wants more shared memory than there is cannot win, and is never run. The
-GPU's process then finds the rest compiled.
+A process compiles what a launch would: the op is called on tensors without data, and its launches end with Triton's
+compiler. What spills many registers or wants more shared memory than there is cannot win, and is never run.
+The GPU's process then finds the rest compiled.
 """
 
 from __future__ import annotations
@@ -10,29 +10,76 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.pool import AsyncResult
+from typing import Any
 
 import resources
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 from tune_cases import Case
 
 from mlmfast.kernels import launches
 from mlmfast.kernels.launches import Launch
 
 META = torch.device("meta")
+# Bytes of stack up to which a candidate is still run: a few numbers may wait there while a loop runs, at no cost.
+SPILLED = 32
+
+
+class Target:
+    """Of Triton's driver what compiling asks for: a GPU of some capability that need not be there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list[Any]]:
+    """Within the block launches are compiled, not made, and are in the list. All else is as at run time: the key in
+    Triton's cache is made of what a call gives, in the order that the call's own code puts it."""
+    built: list[Any] = []
+    run = JITFunction.run
+
+    def compile_it(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        built.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_it
+    triton.runtime.driver.set_active(Target(capability))
+    try:
+        yield built
+    finally:
+        JITFunction.run = run
 
 
 def fault(case: Case, tiles: Launch, capability: int) -> str | None:
-    """Compiles a candidate for GPUs of this capability; None, or what speaks against ever running it."""
+    """Compiles a candidate for GPUs of this capability; None, or what speaks against ever running it.
+
+    The process can run no kernel from then on: Triton's driver is that of :class:`Target`.
+    """
     try:
-        with launches.trying(case.kernel, META, case.name, tiles), resources.recording() as recorded:
+        with launches.trying(case.kernel, META, case.name, tiles), compiling(capability) as built:
             case.op(*case.given(META))
-        dtype = str(case.dtype).removeprefix("torch.")
-        taken = [resources.resources(case.kernel, case.name, dtype, each, capability) for each in recorded]
+        for kernel in {id(each): each for each in built}.values():
+            _, stack = resources.registers_and_stack(kernel.asm["cubin"])
+            few = 0 if stack <= SPILLED else stack
+            if faults := list(resources.too_much(few, kernel.metadata.shared, capability)):
+                return "; ".join(faults)
     except Exception as problem:  # Triton's compiler gives up in many ways: the others are still to be tried
-        return type(problem).__name__
-    return "; ".join(fault for each in taken for fault in each.faults) or None
+        return f"{type(problem).__name__}: {problem}"[:200]
+    return None
 
 
 _cases: Sequence[Case] = ()
