@@ -92,10 +92,11 @@ def tuned(
     """
     begun = time.monotonic()
     given = case.given(device)
+    narrow = any(isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in given)
     wide = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
     right, plain = first(case.plain(*wide)), first(case.plain(*given))
     del wide
-    allowed = 2 * distance(plain, right) + (1e-6 if case.dtype == torch.float32 else 1e-3)  # as the op tests have it
+    allowed = 2 * distance(plain, right) + (1e-3 if narrow else 1e-6)  # as the op tests have it
 
     def launched(tiles: Launch) -> Any:
         with launches.trying(case.kernel, device, case.name, tiles):
@@ -283,7 +284,7 @@ def tune(cases: Sequence[Case], record: Record, device: torch.device, compiler: 
         faults = compiler.faults(case, min(end, time.monotonic() + PATIENCE)) if compiler else []
         try:
             result = tuned(case, device, timer, faults, rounds)
-        except (RuleError, torch.cuda.OutOfMemoryError) as problem:
+        except (RuleError, RuntimeError) as problem:  # out of memory among them; the other cases are still to be tuned
             print(f"{case.kernel} {case.name}: {problem}", file=sys.stderr, flush=True)
             status = 1
             continue

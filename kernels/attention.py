@@ -144,12 +144,8 @@ def usual_banded_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
         tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 32)
     if dtype == torch.float32:
         return tiles
-    return tiles | {"num_warps": warps_for(tiles, width)}
-
-
-def warps_for(tiles: Launch, width: int) -> int:
-    """By what a program holds: of scores and sums, at most 40 a thread of 4 warps."""
-    return 8 if tiles["BLOCK_M"] * (tiles["BLOCK_N"] + width) > 40 * 128 else 4
+    held = tiles["BLOCK_M"] * (tiles["BLOCK_N"] + width)  # scores and sums
+    return tiles | {"num_warps": 8 if held > 40 * 128 else 4}  # at most 40 a thread of 4 warps
 
 
 def usual_biased_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Launch:
@@ -157,9 +153,7 @@ def usual_biased_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
     if dtype == torch.float32:
         return usual_launch(dtype, width, queries, keys)
     tiles = usual_banded_launch(dtype, width, queries, keys)
-    if tiles["BLOCK_M"] > 16:
-        tiles = tiles | {"BLOCK_N": max(16, min(64, keys))}
-    return tiles | {"num_warps": warps_for(tiles, width)}
+    return tiles | {"BLOCK_N": max(16, min(64, keys))} if tiles["BLOCK_M"] == 64 else tiles
 
 
 def attend(
