@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 # Any pip flags for torch. For the CPU build on Linux, much smaller than the CUDA build that PyPI serves:
 #   make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_FLAGS ?=
+TRITON ?=
 CORPUS ?=
 WORDNET ?= /usr/share/wordnet
 
@@ -20,9 +21,10 @@ PEERS_BFLOAT16 ?= hf hf_float32 hf-compile minicons openvino
 BENCH_PLL = $(VENV)/bin/mlmfast bench pll --lengths $(LENGTHS) --copy-tokens 4096 --texts $(TEXTS) --field $(FIELD) --pairs $(PAIRS)
 RUNS = $(PEERS:%=$(RESULTS)/cpu_float32_%.json) $(PEERS_BFLOAT16:%=$(RESULTS)/cpu_bfloat16_%.json)
 
-# make gpu-bench: seconds, and any other flags of benchmarks/gpu.py
+# make gpu-bench, make gpu-tune: seconds, and any other flags of benchmarks/gpu.py or benchmarks/tune.py
 BUDGET ?= 540
 GPU_FLAGS ?=
+TUNE_FLAGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -105,13 +107,16 @@ gpu-test:
 gpu-bench:
 	$(FROM_CHECKOUT) benchmarks/gpu.py --budget $(BUDGET) $(GPU_FLAGS)
 
-# How each Triton kernel is best launched on this GPU, into kernels/configs/<device>.json.
+# How each Triton kernel is best launched on this GPU, within BUDGET seconds, into kernels/configs/<device>.json; a second run
+# goes on where the first ended.
 gpu-tune:
-	$(FROM_CHECKOUT) benchmarks/tune.py
+	$(FROM_CHECKOUT) benchmarks/tune.py --budget $(BUDGET) $(TUNE_FLAGS)
 
-# Registers, stack and shared memory of every Triton kernel, compiled for three GPUs; no GPU is needed.
+# Registers, stack and shared memory of every Triton kernel, compiled for three GPUs; no GPU is needed. By another Triton than
+# the one that make test installs, in an environment and a table of its own: make kernel-resources TRITON=3.6.0 VENV=.venv-3.6
 kernel-resources: $(VENV)/.installed
-	$(PY) benchmarks/resources.py --output benchmarks/results/triton_resources
+	$(if $(TRITON),$(PIP) --no-deps triton==$(TRITON))
+	$(PY) benchmarks/resources.py --output benchmarks/results/triton_resources$(TRITON:%=_%)
 
 tiny: $(VENV)/.installed
 	@test -n "$(CORPUS)" || { echo 'make tiny CORPUS="folder/*.txt.gz" [WORDNET=folder]: texts to train on'; exit 2; }

@@ -119,24 +119,35 @@ class Resources:
 def resources(op: str, case: str, dtype: str, launch: Recorded, capability: int) -> Resources:
     """Compiles a launch for a GPU and reads what it takes."""
     built = launch.compiled(capability)
+    registers, stack = registers_and_stack(built.asm["cubin"])
+    shared = built.metadata.shared
+    faults = [*too_much(stack, shared, capability)]
+    if dtype == "float32" and "tf32" in built.asm["ptx"]:
+        faults.append("TF32 in float32")
+    name = launch.kernel.__name__
+    return Resources(op, case, dtype, name, launch.tiles, capability, registers, stack, shared, tuple(faults))
+
+
+def registers_and_stack(binary: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, of the one kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(built.asm["cubin"])
+        cubin.write(binary)
         cubin.flush()
         dump = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([dump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
-    registers, stack, shared = int(found[1]), int(found[2]), built.metadata.shared
-    faults = []
+    return int(found[1]), int(found[2])
+
+
+def too_much(stack: int, shared: int, capability: int) -> Iterator[str]:
+    """What of a kernel's bytes is more than there should be or is there."""
     if stack:
-        faults.append(f"{stack} bytes of stack")
-    if shared > SHARED[capability]:
-        faults.append(f"{shared} bytes of shared memory where {SHARED[capability]} are there")
-    if dtype == "float32" and "tf32" in built.asm["ptx"]:
-        faults.append("TF32 in float32")
-    name = launch.kernel.__name__
-    return Resources(op, case, dtype, name, launch.tiles, capability, registers, stack, shared, tuple(faults))
+        yield f"{stack} bytes of stack"
+    room = SHARED[max(known for known in SHARED if known <= capability)]
+    if shared > room:
+        yield f"{shared} bytes of shared memory where {room} are there"
 
 
 @contextmanager
@@ -274,9 +285,9 @@ def main() -> None:
         print(json.dumps(asdict(entry)), flush=True)
     if arguments.output:
         versions = f"Triton {triton.__version__}"
-        arguments.output.with_suffix(".md").write_text(table(found, versions), encoding="utf-8")
+        Path(f"{arguments.output}.md").write_text(table(found, versions), encoding="utf-8")
         text = json.dumps({"triton": triton.__version__, "kernels": [asdict(entry) for entry in found]}, indent=1)
-        arguments.output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        Path(f"{arguments.output}.json").write_text(text + "\n", encoding="utf-8")
     faulty = [entry for entry in found if entry.faults]
     for entry in faulty:
         print(

@@ -1,62 +1,132 @@
 """Measures how each Triton kernel is best launched on this GPU and writes kernels/configs/<device>.json.
 
-    python benchmarks/tune.py --budget 600
-    python benchmarks/tune.py --kernels vocab --dtypes bfloat16
+    python benchmarks/from_checkout.py benchmarks/tune.py --budget 300
+    python benchmarks/from_checkout.py benchmarks/tune.py --kernels vocab_logprob,vocab_topk --dtypes bfloat16
+    python benchmarks/from_checkout.py benchmarks/tune.py --compile-only 90 --kernels band       # no GPU needed
+    TRITON_INTERPRET=1 python benchmarks/from_checkout.py benchmarks/tune.py --toy               # nor here
 
-A case is a dtype and a kernel's sizes; those of base models in bfloat16 come first, and none is begun after the budget
-is spent. Every candidate is first compared with plain torch; one that disagrees, does not compile or does not fit is
-left out, and said so. (One that spills registers is slow, and loses.) The rest are timed in turns by replaying a CUDA
-graph, medians are compared, and a candidate must beat the kernel's own rule by :data:`WORTH` to be written. The file is
-replaced whole after each case, so an interrupt loses only the case it falls into.
+A case is a dtype and a kernel's sizes (``tune_cases.py``). All candidates are compiled first, on all cores and in the
+order of the cases (``tune_compile.py``); those that spill or do not fit are left out. Every other one is compared with
+plain torch, and left out if it disagrees. The rest are timed in turns by replaying a CUDA graph, medians are compared,
+and a candidate must beat the kernel's own rule by :data:`WORTH` to be written.
+
+Both files are replaced whole after each case, so an interrupt loses only the case that it falls into: the
+configurations, and ``RESULTS/<device>/tuning.json`` with what was measured, losses too. A case that stands there with
+the same Triton and the same text of the kernels is not measured again unless ``--again`` is given. Exit status: 0, 1 a
+rule's own launch failed or is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import json
 import os
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import tune_cases
 from torch import Tensor
+from tune_cases import Case
+from tune_compile import Compiler
 
-from mlmfast.kernels import attention, disentangled_attention, launches, vocab_tiles
+from mlmfast.kernels import launches
 from mlmfast.kernels.launches import Launch
-from mlmfast.kernels.vocab_logprob import vocab_logprob
-from mlmfast.reference.attention import attention as plain_attention
-from mlmfast.reference.disentangled_attention import disentangled_attention as plain_disentangled
-from mlmfast.reference.vocab_logprob import vocab_logprob as plain_logprob
 
+ROOT = Path(__file__).resolve().parent.parent
 # How many times as fast as the rule a candidate must be: less is noise.
 WORTH = 1.03
 ROUNDS = 15
-# Calls in a graph: a launch is then a small part of what is timed.
-CALLS = 10
-TOKENS = 16384
+TOY_ROUNDS = 2
+# After this many rounds, those that take more than so many times as long as the best are timed no longer.
+SIFTED, HOPELESS = 3, 1.2
+# Calls in a graph, as long as they take: a launch is then a small part of what is timed.
+CALLS, MILLISECONDS = 10, 5.0
+# Most seconds that a case waits for its candidates to be compiled.
+PATIENCE = 60.0
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+class RuleError(Exception):
+    """A rule's own launch fails or disagrees with plain torch: there is nothing to compare with."""
+
+
 @dataclass(frozen=True)
-class Case:
-    """Something to tune: a kernel's case, the op, plain torch's, what both are given, and what may be tried."""
+class Tuned:
+    """What was measured of a case; milliseconds a call."""
 
-    kernel: str
-    name: str
-    usual: Launch
-    op: Callable[..., Any]
-    plain: Callable[..., Any]
-    given: tuple[Any, ...]
-    candidates: list[Launch]
+    best: Launch | None  # None for the kernel's own rule
+    gain: float  # how many times as fast as the rule; 1 for the rule itself
+    rule: float
+    tried: list[tuple[Launch, float]]  # fastest first
+    left_out: list[tuple[Launch, str]]
+    seconds: float  # that tuning took
 
-    def call(self) -> Tensor:
-        return first(self.op(*self.given))
+
+# ---- one case
+
+
+# Calls -> a function that says how many milliseconds one of them takes, by its number, each time it is asked.
+Timer = Callable[[Sequence[Callable[[], Any]]], Callable[[int], float]]
+
+
+def tuned(
+    case: Case, device: torch.device, timer: Timer, faults: Sequence[str | None] = (), rounds: int = ROUNDS
+) -> Tuned:
+    """Times a case's candidates against its rule.
+
+    Args:
+        faults: of each candidate why it is not even run, or None; empty for none.
+
+    Raises:
+        RuleError: the rule's own launch fails or is wrong.
+    """
+    begun = time.monotonic()
+    given = case.given(device)
+    narrow = any(isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in given)
+    wide = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    right, plain = first(case.plain(*wide)), first(case.plain(*given))
+    del wide
+    allowed = 2 * distance(plain, right) + (1e-3 if narrow else 1e-6)  # as the op tests have it
+
+    def launched(tiles: Launch) -> Any:
+        with launches.trying(case.kernel, device, case.name, tiles):
+            return case.op(*given)
+
+    def fault(tiles: Launch) -> str | None:
+        try:
+            error = distance(first(launched(tiles)), right)
+        except Exception as problem:  # too large, or Triton's compiler gives up: the others are still to be tried
+            return f"{type(problem).__name__}: {problem}"[:200]
+        return None if error <= allowed else f"off by {error:.3g}, allowed {allowed:.3g}"  # also NaN
+
+    if problem := fault(case.usual):
+        raise RuleError(f"{case.kernel} {case.name}: the rule's own launch: {problem}")
+    sides, left_out = [case.usual], []
+    for tiles, known in zip(case.candidates, faults or [None] * len(case.candidates)):
+        if tiles == case.usual:
+            continue
+        problem = known or fault(tiles)
+        if problem is None:
+            sides.append(tiles)
+        else:
+            left_out.append((tiles, problem))
+    medians = in_turns(len(sides), timer([partial(launched, tiles) for tiles in sides]), rounds)
+    order = sorted(range(len(sides)), key=medians.__getitem__)
+    gain = medians[0] / medians[order[0]]
+    best = sides[order[0]] if gain >= WORTH else None
+    tried = [(sides[side], medians[side]) for side in order if side]
+    seconds = time.monotonic() - begun
+    return Tuned(best, gain if best else 1.0, medians[0], tried, left_out, seconds)
 
 
 def first(found: Any) -> Tensor:
@@ -64,174 +134,218 @@ def first(found: Any) -> Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
-def attention_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    for width, length in itertools.product((64, 128), (64, 128, 32, 512, 16, 256, 2048)):
-        heads = 768 // width
-        rows = [torch.randn(TOKENS, heads, width, device=device, dtype=dtype) for _ in range(3)]
-        bounds = torch.arange(0, TOKENS + 1, length, dtype=torch.int32, device=device)
-        shared = (bounds, bounds, length, length, None, width**-0.5)
-        tables = [torch.randn(512, heads, width, device=device, dtype=dtype) for _ in range(2)]
-        buckets = torch.arange(-512, 513, device=device).clamp(-256, 255).add(256).int()
-        banded = (*rows, *tables, buckets, *shared)
-        name = launches.case(dtype, width, length, length)
-        # float32 tiles are small: theirs are single multiplications, of which large tiles compile for minutes.
-        largest = 64 * 32 if dtype == torch.float32 else 128 * 128 if width == 64 else 128 * 64
-        tiles = [
-            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-            for m, n in itertools.product((16, 32, 64, 128), repeat=2)
-            for warps, stages in itertools.product((4, 8), (1, 2))
-            if max(m, n) <= max(16, length) and largest // 8 <= m * n <= largest
-        ]
-        usual = attention.usual_launch(dtype, width, length, length)
-        yield Case("attention", name, usual, attention.attention, plain_attention, (*rows, *shared), tiles)
-        usual = attention.usual_banded_launch(dtype, width, length, length)
-        op = disentangled_attention.disentangled_attention
-        yield Case("disentangled_attention", name, usual, op, plain_disentangled, banded, tiles)
-
-
-def band_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    for width in (64, 128):
-        rows = torch.randn(TOKENS, 12, width, device=device, dtype=dtype)
-        table = torch.randn(512, 12, width, device=device, dtype=dtype)
-        reached = torch.arange(255, dtype=torch.int32, device=device)
-        tiles = [
-            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": 1}
-            for m, n, warps in itertools.product((32, 64, 128), (32, 64, 128), (4, 8))
-        ]
-        usual = disentangled_attention.usual_band_launch(dtype, width)
-        yield Case("band", launches.case(dtype, width), usual, band, plain_band, (rows, table, reached), tiles)
-
-
-def band(rows: Tensor, table: Tensor, table_rows: Tensor) -> Tensor:
-    """Without the room at the ends of its rows."""
-    return disentangled_attention.band(rows, table, table_rows, 1.0)[..., : len(table_rows)]
-
-
-def plain_band(rows: Tensor, table: Tensor, table_rows: Tensor) -> Tensor:
-    return torch.einsum("thd,phd->htp", rows, table[table_rows]) * attention.LOG2_E
-
-
-def vocab_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
-    for width, tokens in ((768, 128100), (1536, 128100)):  # a case is of widths up to a power of 2
-        hidden = torch.randn(1024, width, device=device, dtype=dtype)
-        words = torch.randn(tokens, width, device=device, dtype=dtype) / width**0.5
-        targets = torch.randint(tokens, (1024,), device=device)
-        given = (hidden, words, None, targets, torch.arange(1024, device=device))
-        narrow = dtype != torch.float32
-        tiles = [
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-            for m, n in (((64, 128), (128, 128), (64, 256), (128, 256)) if narrow else ((32, 64), (64, 64)))
-            for k in ((32, 64) if narrow else (16, 32))
-            for warps, stages in itertools.product((4, 8), (2, 3, 4))
-        ]
-        power = triton.next_power_of_2(width)
-        usual = vocab_tiles.usual_launch(dtype, power)
-        yield Case("vocab", launches.case(dtype, power), usual, vocab_logprob, plain_logprob, given, tiles)
-
-
-KERNELS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Case]]] = {
-    "attention": attention_cases,
-    "band": band_cases,
-    "vocab": vocab_cases,
-}
-
-
-def tuned(case: Case, device: torch.device) -> tuple[Launch | None, float]:
-    """The launch that a case is fastest with, None for the kernel's own rule, and how many times as fast it is."""
-    wide = tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.given)
-    right, plain = first(case.plain(*wide)), first(case.plain(*case.given))
-    allowed = 2 * distance(plain, right) + (1e-6 if "float32" in case.name else 1e-3)  # as the op tests have it
-    if not (error := distance(case.call(), right)) <= allowed:
-        raise SystemExit(
-            f"{case.kernel} {case.name}: the rule's own launch is off by {error:.3g}, allowed {allowed:.3g}"
-        )
-    tries = [tiles for tiles in case.candidates if works(case, tiles, device, right, allowed)]
-    sides = [case.usual, *tries]
-    runs = []
-    for tiles in sides:
-        with launches.trying(case.kernel, device, case.name, tiles):
-            runs.append(repeated(case.call))
-    times: list[list[float]] = [[] for _ in sides]
-    for _ in range(ROUNDS):
-        for run, own in zip(runs, times):
-            own.append(milliseconds(run))
-    medians = [statistics.median(own) for own in times]
-    best = min(range(len(sides)), key=medians.__getitem__)
-    gain = medians[0] / medians[best]
-    return (sides[best], gain) if gain >= WORTH else (None, 1.0)
-
-
 def distance(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right.double()).abs().max())
 
 
-def works(case: Case, tiles: Launch, device: torch.device, right: Tensor, allowed: float) -> bool:
-    """Whether a candidate compiles, fits and is right."""
-    try:
-        with launches.trying(case.kernel, device, case.name, tiles):
-            error = distance(case.call(), right)
-    except Exception as problem:  # too large, or Triton's compiler gives up: the others are still to be tried
-        print(f"  {tiles}: {type(problem).__name__}, left out", flush=True)
-        return False
-    if not error <= allowed:  # also NaN
-        print(f"  {tiles} is off by {error:.3g}, allowed {allowed:.3g}: left out", flush=True)
-        return False
-    return True
+def in_turns(sides: int, milliseconds: Callable[[int], float], rounds: int) -> list[float]:
+    """The median of each side, one after the other in every round; the hopeless are timed in the first rounds only."""
+    times: list[list[float]] = [[] for _ in range(sides)]
+    for turn in range(rounds):
+        medians = [statistics.median(own) if own else 0.0 for own in times]
+        for side in range(sides):
+            if turn < SIFTED or side == 0 or medians[side] <= HOPELESS * min(medians):
+                times[side].append(milliseconds(side))
+    return [statistics.median(own) for own in times]
 
 
-def repeated(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Some calls in one launch, as they are launched now."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    return graph.replay
+def cuda_timer(calls: Sequence[Callable[[], Any]]) -> Callable[[int], float]:
+    """By CUDA's events around graphs of some calls each, all of as many; they have run before."""
+
+    def between(run: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    count = max(1, min(CALLS, int(MILLISECONDS / between(calls[0]))))
+    graphs = []
+    for call in calls:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            for _ in range(count):
+                call()
+    return lambda side: between(graphs[side].replay) / count
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def host_timer(calls: Sequence[Callable[[], Any]]) -> Callable[[int], float]:
+    """By the host's clock: what a rehearsal has."""
+
+    def milliseconds(side: int) -> float:
+        begun = time.perf_counter()
+        calls[side]()
+        return 1e3 * (time.perf_counter() - begun)
+
+    return milliseconds
 
 
-def write(path: Path, found: dict[str, dict[str, Launch]]) -> None:
+# ---- what is kept
+
+
+class Record:
+    """The two files: configurations as the kernels read them, and what was measured to get them."""
+
+    def __init__(self, configs: Path, measured: Path) -> None:
+        self.configs, self.measured = configs, measured
+        self.chosen: dict[str, dict[str, Launch]] = read(configs)
+        self.found: dict[str, dict[str, Any]] = read(measured)
+        self.versions = {"triton": triton.__version__, "kernels": text_of_kernels()}
+
+    def has(self, case: Case) -> bool:
+        """Whether it was measured with this Triton and these kernels."""
+        known = self.found.get(case.kernel, {}).get(case.name, {})
+        return known.get("versions") == self.versions
+
+    def add(self, case: Case, result: Tuned) -> None:
+        """Writes both files anew, the configurations first: a case that is in neither is measured again."""
+        known = self.chosen.setdefault(case.kernel, {})
+        known.pop(case.name, None)
+        if result.best is not None:
+            known[case.name] = result.best
+        write(self.configs, {kernel: cases for kernel, cases in self.chosen.items() if cases})
+        entry = {"versions": self.versions, "usual": case.usual} | asdict(result)
+        self.found.setdefault(case.kernel, {})[case.name] = entry
+        write(self.measured, self.found)
+
+
+def text_of_kernels() -> str:
+    """Tells one text of all kernels from another."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
     """Replaces the file whole."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(draft, path)
 
 
-def main() -> None:
+# ---- the command
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def request() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", default="vocab,attention,band", help="commas between")
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="commas between")
-    parser.add_argument("--budget", type=float, default=1200, help="seconds after which no case is begun")
-    parser.add_argument("--folder", type=Path, default=launches.FOLDER, help="where the file goes")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU to measure on")
-    device = torch.device("cuda")
-    path = arguments.folder / f"{launches.device_name(device)}.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    parser.add_argument("--kernels", type=words, help="only these; commas between")
+    parser.add_argument("--dtypes", type=words, help="commas between; bfloat16,float32, and interpreted float32")
+    parser.add_argument("--budget", type=float, default=540, help="seconds after which no case is begun")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
+    parser.add_argument("--again", action="store_true", help="measure what was measured already, too")
+    parser.add_argument("--configs", type=Path, help="folder of <device>.json; kernels/configs, where it is used")
+    parser.add_argument("--results", type=Path, help="folder of <device>/tuning.json; benchmarks/results")
+    parser.add_argument("--toy", action="store_true", help="rehearse in Triton's interpreter: tiny sizes, no GPU")
+    parser.add_argument("--compile-only", type=int, metavar="CAPABILITY", help="what would be left out; no GPU needed")
+    given = parser.parse_args()
+    if given.dtypes is None:  # the interpreter's bfloat16 rounds down
+        given.dtypes = ["float32"] if given.toy else ["bfloat16", "float32"]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if given.toy != interpreted:
+        parser.error("--toy runs in Triton's interpreter, and nothing else does: set TRITON_INTERPRET=1 for it alone")
+    if unknown := set(given.dtypes) - set(DTYPES):
+        parser.error(f"--dtypes: {', '.join(sorted(unknown))} is not among {', '.join(DTYPES)}")
+    known = {case.kernel for case in tune_cases.cases(torch.float32)}
+    if unknown := set(given.kernels or ()) - known:
+        parser.error(f"--kernels: {', '.join(sorted(unknown))} is not among {', '.join(sorted(known))}")
+    # Not is_available, which may begin CUDA in a process that has yet to fork its compilers.
+    if not (given.toy or given.compile_only or torch.cuda.device_count()):
+        parser.error("there is no GPU to measure on; --toy and --compile-only need none")
+    return given
+
+
+def chosen_cases(given: argparse.Namespace) -> list[Case]:
+    scale = tune_cases.TOY if given.toy else tune_cases.FULL
+    every = [case for dtype in given.dtypes for case in tune_cases.cases(DTYPES[dtype], scale)]
+    if given.toy:  # a few of each kind will do
+        every = [replace(case, candidates=case.candidates[:: len(case.candidates) // 3 + 1]) for case in every]
+    unlike = {(case.kernel, case.name): case for case in every}  # a row's softmax is float32 whatever was asked for
+    return [case for case in unlike.values() if not given.kernels or case.kernel in given.kernels]
+
+
+def tune(cases: Sequence[Case], record: Record, device: torch.device, compiler: Compiler | None, end: float) -> int:
+    """Tunes cases in order until the monotonic time ``end``; the exit status."""
+    status, timer, rounds = (0, host_timer, TOY_ROUNDS) if compiler is None else (0, cuda_timer, ROUNDS)
+    for place, case in enumerate(cases):
+        if time.monotonic() > end:
+            print(f"the budget is spent; not begun: {len(cases) - place} of {len(cases)} cases", flush=True)
+            break
+        faults = compiler.faults(case, min(end, time.monotonic() + PATIENCE)) if compiler else []
+        try:
+            result = tuned(case, device, timer, faults, rounds)
+        except (RuleError, RuntimeError) as problem:  # out of memory among them; the other cases are still to be tuned
+            print(f"{case.kernel} {case.name}: {problem}", file=sys.stderr, flush=True)
+            status = 1
+            continue
+        record.add(case, result)
+        print(
+            f"{case.kernel} {case.name}: {result.best or 'the rule'}, {result.gain:.2f} times the rule's speed "
+            f"({1e3 * result.rule:.1f} us); {len(result.tried)} timed, {len(result.left_out)} left out, "
+            f"{result.seconds:.1f} s",
+            flush=True,
+        )
+    return status
+
+
+def capability(device: torch.device) -> int:
+    """90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def compile_only(cases: Sequence[Case], compiler: Compiler, capability: int, end: float) -> None:
+    """Says of each case which candidates would be measured."""
+    compiler.ask(cases, capability)
+    begun, total, spared = time.monotonic(), 0, 0
+    for case in cases:
+        faults = compiler.faults(case, end)
+        total, spared = total + len(faults), spared + sum(fault is not None for fault in faults)
+        for tiles, fault in zip(case.candidates, faults):
+            if fault:
+                print(f"{case.kernel} {case.name} {tiles}: {fault}", flush=True)
+    print(f"{total} candidates, {spared} left out, {time.monotonic() - begun:.0f} seconds")
+
+
+def main() -> None:
+    given = request()
+    cases = chosen_cases(given)
+    end = time.monotonic() + given.budget
+    if given.compile_only:
+        with Compiler(cases, given.jobs) as workers:
+            compile_only(cases, workers, given.compile_only, end)
+        return
+    compiler = None if given.toy else Compiler(cases, given.jobs)  # before CUDA is touched
+    device = torch.device("cpu" if given.toy else "cuda")
+    name = launches.device_name(device)
+    rehearsed = Path(tempfile.gettempdir()) / "mlmfast-tune-toy" if given.toy else None
+    configs = given.configs or rehearsed or launches.FOLDER
+    results = given.results or rehearsed or ROOT / "benchmarks" / "results"
+    record = Record(configs / f"{name}.json", results / name / "tuning.json")
+    left = [case for case in cases if given.again or not record.has(case)]
+    print(f"{len(left)} cases to tune, {len(cases) - len(left)} are in {record.measured}", flush=True)
     torch.manual_seed(0)
-    end = time.monotonic() + arguments.budget
-    for dtype, kernel in itertools.product(arguments.dtypes.split(","), arguments.kernels.split(",")):
-        for case in KERNELS[kernel](DTYPES[dtype], device):
-            if time.monotonic() > end:
-                print(f"{case.kernel} {case.name}: not begun, the budget is spent", flush=True)
-                continue
-            tiles, gain = tuned(case, device)
-            print(f"{case.kernel} {case.name}: {tiles or case.usual}, {gain:.2f} times the rule's speed", flush=True)
-            known = found.setdefault(case.kernel, {})
-            known.pop(case.name, None)
-            if tiles is not None:
-                known[case.name] = tiles
-            write(path, found)
+    try:
+        if compiler is None:
+            status = tune(left, record, device, None, end)
+        else:
+            with compiler:
+                compiler.ask(left, capability(device))
+                status = tune(left, record, device, compiler, end)
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept, and the next run goes on from there", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

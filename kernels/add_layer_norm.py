@@ -63,8 +63,9 @@ def norm_rows(
     if rows == 0:
         return out
     strides = (x.stride(0), row_stride(residual))
+    tiles = row_launch("add_layer_norm", x.device, x.dtype, width)
     with on_device_of(x):
         add_layer_norm_kernel[(rows,)](
-            x, residual, bias, norm_weight, norm_bias, out, total, *strides, width, eps, **row_launch(width)
+            x, residual, bias, norm_weight, norm_bias, out, total, *strides, width, eps, **tiles
         )
     return out

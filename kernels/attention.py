@@ -126,16 +126,15 @@ def usual_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Lau
         width: of a head, a power of 2.
         queries, keys: most of them in a sequence, powers of 2.
     """
-    if dtype == torch.float32:  # products are made of single multiplications, whose operands fill the registers
+    if dtype == torch.float32:
         most_rows = most_columns = 32 if width <= 64 else 16
     else:
         most_rows, most_columns = (64 if width <= 128 else 32), (64 if width <= 64 else 32)
-    return {
-        "BLOCK_M": max(16, min(most_rows, queries)),
-        "BLOCK_N": max(16, min(most_columns, keys)),
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+    rows = max(16, min(most_rows, queries))
+    # float32 products are made of single multiplications, whose operands fill the registers: with 4 warps Triton 3.6
+    # takes all 255 and spills, with 8 at most 80.
+    warps = 8 if dtype == torch.float32 and rows == 32 else 4
+    return {"BLOCK_M": rows, "BLOCK_N": max(16, min(most_columns, keys)), "num_warps": warps, "num_stages": 2}
 
 
 def usual_banded_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Launch:
@@ -144,8 +143,9 @@ def usual_banded_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
     if tiles["BLOCK_M"] == 16:
         tiles["BLOCK_N"] = min(tiles["BLOCK_N"], 32)
     if dtype == torch.float32:
-        return tiles | {"num_stages": 1 if width <= 32 else 2}
-    return tiles | {"num_warps": 8 if tiles["BLOCK_M"] * max(tiles["BLOCK_N"], width) >= 32 * 128 else 4}
+        return tiles
+    held = tiles["BLOCK_M"] * (tiles["BLOCK_N"] + width)  # scores and sums
+    return tiles | {"num_warps": 8 if held > 40 * 128 else 4}  # at most 40 a thread of 4 warps
 
 
 def usual_biased_launch(dtype: torch.dtype, width: int, queries: int, keys: int) -> Launch:
@@ -153,7 +153,7 @@ def usual_biased_launch(dtype: torch.dtype, width: int, queries: int, keys: int)
     if dtype == torch.float32:
         return usual_launch(dtype, width, queries, keys)
     tiles = usual_banded_launch(dtype, width, queries, keys)
-    return tiles if tiles["BLOCK_M"] == 16 else tiles | {"BLOCK_N": max(16, min(64, keys))}
+    return tiles | {"BLOCK_N": max(16, min(64, keys))} if tiles["BLOCK_M"] == 64 else tiles
 
 
 def attend(
@@ -183,7 +183,7 @@ def attend(
     heads, width = q.shape[1:]
     sequences = len(cu_seqlens_q) - 1
     terms = k_terms if q_terms is None else q_terms
-    name, usual = "attention", usual_launch
+    name, usual = "attention" if local_window < 0 else "local_attention", usual_launch
     if terms is not None:
         name, usual = "disentangled_attention", usual_banded_launch
         if terms.stride(1) == 0:

@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlmfast.kernels.launches import COMPILED
+from mlmfast.kernels.launches import Launch, launch
 from mlmfast.kernels.rows import on_device_of
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "tanh", "geglu")
-BLOCK = 1024
 
 
 @triton.jit
@@ -59,6 +58,11 @@ def linear_kernel(
     tl.store(out + t * width + columns, x.to(out.dtype.element_ty), mask=inside)
 
 
+def usual_launch(dtype: torch.dtype, width: int) -> Launch:
+    """Without a measured one: 8 numbers a thread, whatever the width of a row."""
+    return {"BLOCK": 1024, "num_warps": 4}
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     if activation != "none" and activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation {activation!r} is not known")
@@ -71,8 +75,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         width //= 2
         out = torch.empty(rows, width, dtype=y.dtype, device=y.device)
     if rows:
+        tiles = launch("linear", y.device, usual_launch, y.dtype, width)
         with on_device_of(y):
-            linear_kernel[(rows, triton.cdiv(width, BLOCK))](
-                y, out, y.stride(0), width, ACTIVATION=activation, BLOCK=BLOCK, num_warps=4, **COMPILED
+            linear_kernel[(rows, triton.cdiv(width, tiles["BLOCK"]))](
+                y, out, y.stride(0), width, ACTIVATION=activation, **tiles
             )
     return out

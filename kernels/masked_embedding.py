@@ -104,6 +104,6 @@ def masked_embedding(
             row_stride(types),
             width,
             eps,
-            **row_launch(width),
+            **row_launch("masked_embedding", words.device, words.dtype, width),
         )
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlmfast.kernels.launches import COMPILED
+from mlmfast.kernels.launches import Launch, launch
 from mlmfast.kernels.rows import on_device_of, whole
 
 
@@ -44,16 +44,20 @@ def rotary_kernel(
     tl.store(out + (t * heads + h[:, None]) * width + d[None, :], result.to(out.dtype.element_ty), mask=here)
 
 
+def usual_launch(dtype: torch.dtype, heads: int, width: int) -> Launch:
+    """Without a measured one, for heads and a head's width that are powers of 2: 1024 numbers of a row at once."""
+    return {"BLOCK_H": min(heads, max(1, 1024 // width)), "num_warps": 4}
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
     x, cos, sin = whole(x), cos.float().contiguous(), sin.float().contiguous()
     rows, heads, width = x.shape
     out = torch.empty(rows, heads, width, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    block_d = triton.next_power_of_2(width)
-    block_h = min(triton.next_power_of_2(heads), max(1, 1024 // block_d))
+    tiles = launch("rotary", x.device, usual_launch, x.dtype, heads, width)
     with on_device_of(x):
-        rotary_kernel[(rows, triton.cdiv(heads, block_h))](
+        rotary_kernel[(rows, triton.cdiv(heads, tiles["BLOCK_H"]))](
             x,
             cos,
             sin,
@@ -65,9 +69,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
             heads,
             width,
             cos.shape[1],
-            BLOCK_H=block_h,
-            BLOCK_D=block_d,
-            num_warps=4,
-            **COMPILED,
+            BLOCK_D=triton.next_power_of_2(width),
+            **tiles,
         )
     return out

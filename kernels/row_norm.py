@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from mlmfast.kernels.launches import COMPILED, Launch
+from mlmfast.kernels.launches import Launch, launch
 
 
 @triton.jit
@@ -23,7 +24,11 @@ def layer_norm(row, columns, width, weight, bias, eps):
     return row
 
 
-def row_launch(width: int) -> Launch:
+def usual_row_launch(dtype: torch.dtype, width: int) -> Launch:
+    """Without a measured one, for a width that is a power of 2: 8 numbers a thread."""
+    return {"num_warps": min(16, max(1, width // 256))}
+
+
+def row_launch(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> Launch:
     """How a program that holds a whole row is launched: its block and its warps."""
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))} | COMPILED
+    return {"BLOCK": triton.next_power_of_2(width)} | launch(kernel, device, usual_row_launch, dtype, width)

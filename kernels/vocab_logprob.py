@@ -143,7 +143,7 @@ def vocab_logprob(
     nothing = torch.empty(0, dtype=torch.float32, device=device)
     if len(hidden) == 0 or (len(targets) == 0 and not entropies):
         return nothing, torch.empty(0, dtype=torch.int64, device=device), nothing.clone()
-    product = Product.of(hidden, vocabulary, bias, temperature)
+    product = Product.of("vocab_logprob", hidden, vocabulary, bias, temperature)
     # Targets by row, so that a program finds those of its rows without a search.
     by_row, order = torch.sort(target_rows, stable=True)
     starts = torch.searchsorted(by_row, torch.arange(product.rows + 1, device=device))

@@ -106,8 +106,8 @@ def log_partition_kernel(
 
 def usual_launch(dtype: torch.dtype, width: int) -> Launch:
     """Without a measured one, for a vocabulary of a width that is a power of 2."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": min(32, max(16, width)), "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32:  # of more columns at once the operands of single multiplications fill the registers
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": min(64, max(16, width)), "num_warps": 8, "num_stages": 2}
 
 
@@ -122,8 +122,9 @@ class Product:
     tiles: Launch
 
     @classmethod
-    def of(cls, hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float) -> Product:
-        tiles = launch("vocab", hidden.device, usual_launch, hidden.dtype, hidden.shape[1])
+    def of(cls, op: str, hidden: Tensor, vocabulary: Tensor, bias: Tensor | None, temperature: float) -> Product:
+        """As an op goes through it: their epilogues want different tiles."""
+        tiles = launch(op, hidden.device, usual_launch, hidden.dtype, hidden.shape[1])
         return cls(whole(hidden), whole(vocabulary), whole(bias), temperature, tiles)
 
     @property

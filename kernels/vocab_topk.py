@@ -86,13 +86,14 @@ def vocab_topk(
     ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
     if not logprobs.numel():
         return logprobs, ids
-    whole = Product.of(hidden, vocabulary, bias, temperature)
+    whole = Product.of("vocab_topk", hidden, vocabulary, bias, temperature)
     few = k <= min(MOST, whole.tiles["BLOCK_N"])
     step = max(1, CANDIDATES // (whole.tile_columns * k if few else whole.tokens))
     for start in range(0, whole.rows, step):
         rows = slice(start, start + step)
         if few:
-            logprobs[rows], ids[rows] = _best_of_tiles(Product.of(hidden[rows], vocabulary, bias, temperature), k)
+            part = Product.of("vocab_topk", hidden[rows], vocabulary, bias, temperature)
+            logprobs[rows], ids[rows] = _best_of_tiles(part, k)
         else:
             logprobs[rows], ids[rows] = vocab_rows(hidden[rows], vocabulary, bias, temperature).topk(k)
     return logprobs, ids
