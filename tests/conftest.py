@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_scripts import script
+
+if importlib.util.find_spec("mlmfast") is None or importlib.util.find_spec("mlmfast.kernels") is None:
+    script("from_checkout").use_checkout()  # nothing is installed; each worker of pytest-xdist looks for itself
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported
+    if kernels := os.environ.get("SIMULATED_GPU"):
+        import simulated_gpu
+
+        simulated_gpu.install(kernels, os.environ.get("EMULATED_EXTENSION"))
 
 import checkpoints
 import families
