@@ -1,16 +1,20 @@
 // device.h on the host: a block's threads as contexts that take turns, each running until it waits for the others. Slow and
-// exact: barriers are barriers, a warp's lanes exchange what they would exchange, and 16-bit numbers are rounded as a GPU
-// does.
+// exact: barriers are barriers, a warp's lanes exchange what they would exchange, 16-bit numbers are rounded as a GPU
+// does, and an asynchronous copy is made when it is waited for, no sooner. A warp runs far ahead of the others, in an order
+// that can be chosen: where a barrier is missing, that gives other results.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -70,18 +74,40 @@ class Block {
   static void run(int threads, const std::function<void()>& kernel) {
     Block block(threads, kernel);
     current() = &block;
+    std::vector<int> warps((threads + LANES - 1) / LANES), lanes(LANES);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
+    std::mt19937 random(static_cast<unsigned>(order()));
+    if (order() < 0) {
+      std::reverse(warps.begin(), warps.end());
+      std::reverse(lanes.begin(), lanes.end());
+    }
     for (int alive = threads; alive > 0;) {
       bool moved = false;
-      for (int t = 0; t < threads; ++t) {
-        if (block.done_[t] || !block.ready(t)) continue;
-        block.thread_ = t;
-        swapcontext(&block.home_, &block.contexts_[t]);
-        moved = true;
-        alive -= block.done_[t];
-      }
+      if (order() > 0) std::shuffle(warps.begin(), warps.end(), random);
+      for (const int warp : warps)
+        for (bool again = true; again;) {
+          again = false;
+          if (order() > 0) std::shuffle(lanes.begin(), lanes.end(), random);
+          for (const int lane : lanes) {
+            const int t = warp * LANES + lane;
+            if (t >= threads || block.done_[t] || !block.ready(t)) continue;
+            block.thread_ = t;
+            swapcontext(&block.home_, &block.contexts_[t]);
+            again = moved = true;
+            alive -= block.done_[t];
+          }
+        }
       if (!moved) throw std::logic_error("threads wait for each other in vain: a barrier that not all of them reach");
     }
     current() = nullptr;
+  }
+
+  // In which the threads take turns: a warp goes as far as it can, its lanes in turn, then another one. 0: from the first to
+  // the last; -1: from the last to the first; above 0: at random, the same for the same number.
+  static int& order() {
+    static int chosen = 0;
+    return chosen;
   }
 
   static Block*& current() {
@@ -101,6 +127,21 @@ class Block {
     waiting_[t] = FREE;
   }
 
+  // An asynchronous copy of 16 bytes, or of zeros, by this thread; until it has arrived nothing sensible is there.
+  void copy(void* to, const void* from) {
+    std::memset(to, 0x7f, 16);
+    copies_[thread_].push_back({to, from});
+  }
+  void arrived() {
+    for (const Copy& copy : copies_[thread_]) {
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+    copies_[thread_].clear();
+  }
+
   // What each lane of this thread's warp has put down.
   template <class V>
   const V* put(const V& mine) {
@@ -118,6 +159,10 @@ class Block {
  private:
   static constexpr size_t SLOT = 64, STACK = 128 << 10;
   enum { FREE, WARP, WHOLE };
+  struct Copy {
+    void* to;
+    const void* from;
+  };
 
   Block(int threads, const std::function<void()>& kernel)
       : kernel_(kernel),
@@ -126,6 +171,7 @@ class Block {
         done_(threads, false),
         arrivals_{std::vector<int64_t>(threads, 0), std::vector<int64_t>(threads, 0)},
         waiting_(threads, FREE),
+        copies_(threads),
         slots_(threads * SLOT),
         gathered_(threads * SLOT * LANES) {
     for (int t = 0; t < threads; ++t) {
@@ -161,6 +207,7 @@ class Block {
   std::vector<char> done_;
   std::vector<int64_t> arrivals_[2];  // at barriers of a warp, of the block
   std::vector<int> waiting_;
+  std::vector<std::vector<Copy>> copies_;  // under way, a thread's own
   std::vector<char> slots_, gathered_;
   int thread_ = 0;
 };
@@ -224,15 +271,19 @@ inline void load_matrices_turned(uint32_t (&into)[4], const void* row) {
   }
 }
 
-inline void copy_16(void* shared, const void* global, bool there) {
-  if (there && reinterpret_cast<uintptr_t>(global) % 16) std::abort();  // a GPU would stop, too
-  if (there)
-    std::memcpy(shared, global, 16);
-  else
-    std::memset(shared, 0, 16);
+inline void check_16(const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();  // a GPU would stop, too
 }
-inline void arrived() {}
-inline void load_once(uint32_t (&into)[4], const void* global, bool there) { copy_16(into, global, there); }
-inline void load_again(uint32_t (&into)[4], const void* global, bool there) { copy_16(into, global, there); }
+inline void copy_16(void* shared, const void* global, bool there) {
+  if (there) check_16(global);
+  Block::current()->copy(shared, there ? global : nullptr);
+}
+inline void arrived() { Block::current()->arrived(); }
+inline void load_once(uint32_t (&into)[4], const void* global, bool there) {
+  if (there) check_16(global);
+  for (uint32_t& word : into) word = 0;
+  if (there) std::memcpy(into, global, 16);
+}
+inline void load_again(uint32_t (&into)[4], const void* global, bool there) { load_once(into, global, there); }
 
 }  // namespace mlmfast::cuda
