@@ -35,7 +35,7 @@ CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(USABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-all lint format wheel bench bench-cpu figure gpu-test gpu-bench gpu-tune kernel-resources tiny clean
+.PHONY: demo test test-all lint format wheel bench bench-cpu figure gpu-test gpu-sanitize gpu-rehearsal gpu-rehearsal-all gpu-bench gpu-tune kernel-resources tiny clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -97,11 +97,34 @@ figure: $(VENV)/.installed-bench
 #   make gpu-test gpu-bench PYTHON=python3
 FROM_CHECKOUT = $(PYTHON) benchmarks/from_checkout.py
 
-# The tests that need a GPU. Without one they would all be skipped, which must not look like success.
+# The tests that need a GPU. Without one they would all be skipped, which must not look like success. Several at a time where
+# pytest-xdist is there: most of the time goes to Triton's compiler.
+GPU_WORKERS ?= $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
 gpu-test:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU that torch can use")'
-	$(FROM_CHECKOUT) -m pytest -q -m gpu
+	$(FROM_CHECKOUT) -m pytest -q -m gpu $(GPU_WORKERS)
 	$(FROM_CHECKOUT) -m pytest -q -m "not gpu" tests/test_kernels.py # compiled by this machine's Triton
+	$(FROM_CHECKOUT) benchmarks/check_ops.py --repeats 20
+
+# The same ops in small shapes under compute-sanitizer, each tensor in an allocation of its own, so that what reads beside
+# it is seen. Kernels are compiled before, by the first line.
+TOOLS ?= memcheck racecheck
+gpu-sanitize:
+	$(FROM_CHECKOUT) benchmarks/check_ops.py --alone
+	for tool in $(TOOLS); do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(FROM_CHECKOUT) benchmarks/check_ops.py --alone || exit 1; done
+
+# What waits for a GPU, on a simulated one (tests/simulated_gpu.py): whole models, graphs and scripts, the reference in
+# the place of the kernels.
+gpu-rehearsal: $(VENV)/.installed-test
+	SIMULATED_GPU=reference $(PY) -m pytest -q -n auto -m gpu tests/test_*.py
+
+# Half an hour more: the Triton kernels interpreted, bfloat16 too, and the CUDA extension compiled for the host. opcheck
+# knows nothing of simulated tensors.
+gpu-rehearsal-all: gpu-rehearsal
+	SIMULATED_GPU=interpreted $(PY) -m pytest -q -n auto -m gpu tests/ops -k "not registration"
+	rm -rf build/emulated && $(PY) tests/emulated_extension.py build/emulated
+	SIMULATED_GPU=reference EMULATED_EXTENSION=build/emulated/emulated_cuda.so $(PY) -m pytest -q -n auto -m gpu tests/test_cuda_gpu.py
 
 # Everything measured on a GPU, into benchmarks/results/<device>: BUDGET seconds of it, and what is left when run again.
 gpu-bench:
