@@ -74,22 +74,33 @@ def free_memory(device: torch.device) -> int:
 
 def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether an allocator gave up: torch has a class for it on accelerators, and only messages on the CPU."""
-    # Linux and macOS; Windows; oneDNN, which has no memory for the code that it makes for a product; C++.
-    messages = ("can't allocate memory", "not enough memory", "could not create a primitive", "bad_alloc")
+    messages = (
+        "can't allocate memory",  # Linux and macOS
+        "not enough memory",  # Windows
+        "could not create a primitive",  # oneDNN, which has no memory for the code that it makes for a product
+        "bad_alloc",  # C++
+        "aten::new_empty",  # our compiled extensions: LibTorch's stable ABI names what failed, and not why
+        "out of memory",  # CUDA's driver, asked for pinned memory, a graph or a kernel of Triton's
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         message in str(error) for message in messages
     )
 
 
 def make_room(device: torch.device) -> None:
-    """Lets what is freed on the CPU go back to the system from now on; for a process that has run out of memory there.
+    """Lets what is freed go back to the system; for a process that has run out of memory.
 
-    glibc keeps freed pieces of up to 32 MiB for itself once it has seen such, in a heap that small ones break up: where
-    memory is limited no batch would fit any more, however small, and nothing else that takes memory on its own, such as
-    oneDNN's code. It costs faulting in each large tensor anew. Elsewhere than under glibc nothing is changed.
+    On CUDA what torch holds without use is handed back, once: the driver needs it for kernels that are yet to be
+    loaded, and for pinned memory. On the CPU what is freed goes back from now on. glibc keeps freed pieces of up to
+    32 MiB for itself once it has seen such, in a heap that small ones break up: where memory is limited no batch would
+    fit any more, however small, and nothing else that takes memory on its own, such as oneDNN's code. It costs faulting
+    in each large tensor anew. Elsewhere than under glibc nothing is changed.
     """
     if device.type == "cpu":
         _return_freed()
+    elif device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @cache

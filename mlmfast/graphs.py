@@ -6,6 +6,9 @@ all of that is the same: batches find theirs by their shape, and all are forgott
 elsewhere or is laid out otherwise than it was, or torch's settings or stream are others. Weights changed in place are
 read anew by a replay. A backend that serves CUDA therefore must not keep tensors of its own from one call to the next:
 a recording would read them where they were.
+
+While a shape is recorded, which happens once, no other thread may wait for the whole device
+(``torch.cuda.synchronize``): CUDA would end the recording.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from mlmfast.architectures.spec import EncoderSpec
+from mlmfast.budget import out_of_memory
 from mlmfast.packing import Batch
 from mlmfast.staging import laid_over, staged
 
@@ -38,9 +42,9 @@ Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 MOST_ROWS = 4096
 # Recording costs some passes and a synchronisation, so a shape has to come this often first ...
 TIMES = 3
-# ... among this many shapes, of which this many stay recorded.
+# ... among this many shapes. When so many are recorded, all are dropped for the next.
 REMEMBERED = 256
-MOST_RECORDINGS = 32
+MOST_RECORDINGS = 64
 
 
 @dataclass(frozen=True)
@@ -57,23 +61,37 @@ class Recording:
 
 
 class CudaRecorder:
-    """Records passes as CUDA graphs of one memory pool: they never run at the same time, so each may use it all."""
+    """Records passes as CUDA graphs of one memory pool: they never run at the same time, so each may use it all.
+
+    A graph that goes takes cuBLAS's workspace of its stream with it (torch 2.13), which the others of that stream still
+    use. So all of a recorder's recordings go together, and no two recorders that live have the same stream.
+    """
+
+    # One recording at a time in a process: the beginning of another would wait for the device, and so end this one.
+    _turn: ClassVar[threading.Lock] = threading.Lock()
+    _living: ClassVar[WeakSet[CudaRecorder]] = WeakSet()
+    # Why nothing more can be recorded in this process; None while it can.
+    _spoilt: ClassVar[str | None] = None
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream = _own_stream(device, {one._stream.cuda_stream for one in CudaRecorder._living})
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        CudaRecorder._living.add(self)
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):  # around the capture too, which does not leave its stream if it fails
-            # What happens once must not be recorded: kernels are compiled, and cuBLAS finds a workspace for the stream.
-            run()
-            graph = torch.cuda.CUDAGraph()
-            pool = next((one.pool() for one in self._graphs), None)  # a pool goes with its last graph
-            # Other threads may go on allocating meanwhile.
-            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
-                output = run()
-        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        with CudaRecorder._turn:
+            if CudaRecorder._spoilt is not None:
+                raise RuntimeError(f"an earlier recording of this process has failed: {CudaRecorder._spoilt}")
+            current = torch.cuda.current_stream(self._stream.device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):  # around the capture too, which does not leave its stream if it fails
+                # What happens once must not be recorded: kernels are compiled, cuBLAS finds a workspace for the stream.
+                try:
+                    run()
+                finally:
+                    current.wait_stream(self._stream)  # what it was given may be freed
+                graph, output = self._recorded(run)
+            current.wait_stream(self._stream)
         self._graphs.add(graph)
 
         def replay() -> Tensor:
@@ -81,6 +99,26 @@ class CudaRecorder:
             return output
 
         return replay
+
+    def _recorded(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        pool = next((one.pool() for one in self._graphs), None)  # a pool goes with its last graph
+        try:
+            # Other threads may go on allocating meanwhile.
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+                return graph, run()
+        except Exception as error:
+            # Out of memory ends a recording in order. Else torch (2.11) goes on as if it were recording: the next one
+            # into the pool fails, freed memory is never handed back, and random numbers of the device are refused.
+            if not (isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error)):
+                CudaRecorder._spoilt = f"{type(error).__name__}: {error}"
+            raise
+
+
+def _own_stream(device: torch.device, taken: set[int]) -> torch.cuda.Stream:
+    """A stream that is not taken; torch hands out the same 32 in turn."""
+    streams = [torch.cuda.Stream(device) for _ in range(32)]
+    return next((stream for stream in streams if stream.cuda_stream not in taken), streams[0])
 
 
 class Graphs(Generic[B]):
@@ -97,7 +135,7 @@ class Graphs(Generic[B]):
         self._recorder: Recorder | None = None
         self._setting: Hashable = None
         self._seen: OrderedDict[Hashable, int] = OrderedDict()  # how often a shape has come, the latest last
-        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the latest used last
+        self._recordings: dict[Hashable, Recording] = {}
         self._refused: set[Hashable] = set()
         self._warned = False
         self._lock = threading.Lock()  # a recording has one place for its batch and one for its output
@@ -116,9 +154,13 @@ class Graphs(Generic[B]):
             return self._forget()
 
     def _forget(self) -> bool:
+        self._seen.clear()
+        return self._drop()
+
+    def _drop(self) -> bool:
+        """All recordings at once, and what made them: see :class:`CudaRecorder`. Returns whether there were any."""
         held = bool(self._recordings)
         self._recordings.clear()
-        self._seen.clear()
         self._recorder = None
         return held
 
@@ -141,7 +183,6 @@ class Graphs(Generic[B]):
             self._setting = setting
         key = batch.shape()
         if key in self._recordings:
-            self._recordings.move_to_end(key)
             return self._recordings[key]
         if key in self._refused:
             return None
@@ -151,23 +192,25 @@ class Graphs(Generic[B]):
         if times < TIMES:
             return None
         del self._seen[key]
+        if len(self._recordings) == MOST_RECORDINGS:
+            self._drop()
         try:
             recording = self._record(spec, mask_token_id, device, batch)
-        except torch.OutOfMemoryError:  # there may be more another time
-            return None
         except Exception as error:  # whatever it is, the plain pass either works or says so itself
+            self._drop()  # the others' workspace may have gone with the one that failed
+            if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
+                return None  # there may be more another time
             self._refused.add(key)
             if not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"a pass could not be recorded as a CUDA graph and runs without, which is slower for short texts "
-                    f"({type(error).__name__}: {error}); load(..., cuda_graphs=False) does not try",
+                    f"({type(error).__name__}: {error}); torch may refuse random numbers of the device from now on; "
+                    "load(..., cuda_graphs=False) does not try",
                     stacklevel=2,
                 )
             return None
         self._recordings[key] = recording
-        if len(self._recordings) > MOST_RECORDINGS:
-            self._recordings.popitem(last=False)
         return recording
 
     def _record(self, spec: EncoderSpec, mask_token_id: int, device: torch.device, batch: B) -> Recording:
@@ -197,5 +240,7 @@ def _settings(device: torch.device) -> tuple[Hashable, ...]:
         products.fp32_precision,
         products.allow_bf16_reduced_precision_reduction,
         products.allow_fp16_reduced_precision_reduction,
+        products.allow_fp16_accumulation,
+        torch.backends.cuda.preferred_blas_library(),
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -9,9 +9,9 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM, PreTrainedTokenizerBase
 
 import mlmfast
-from mlmfast import architectures, budget, model
+from mlmfast import architectures, budget, cpu, model
 from mlmfast.architectures.spec import Derived, EncoderSpec
-from mlmfast.budget import free_memory, row_bytes, usual_batch_tokens
+from mlmfast.budget import free_memory, out_of_memory, row_bytes, usual_batch_tokens
 from mlmfast.errors import RequestError
 from mlmfast.model import MaskedLM
 
@@ -105,3 +105,26 @@ def test_the_users_budget_wins(
     assert mlmfast.load(lms["bert"].model, bert_tokenizer, batch_tokens=9).batch_tokens == 9
     with pytest.raises(RequestError, match="holds no row"):
         lm.batch_tokens = 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",  # torch.AcceleratorError, of pinned memory and of graphs
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "could not create a primitive",
+    ],
+)
+def test_messages_of_drivers_and_libraries_that_have_no_memory(message: str) -> None:
+    assert out_of_memory(RuntimeError(message))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.skipif(not cpu.instructions(), reason="the compiled extension is not here")
+def test_an_extension_that_has_no_memory() -> None:
+    """LibTorch's stable ABI does not say why an allocation failed."""
+    x, weight = torch.zeros(1, 8).expand(1 << 42, 8), torch.ones(8)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ops.mlmfast_cpu.add_layer_norm(x, None, None, weight, None, 1e-5)
+    assert out_of_memory(caught.value)

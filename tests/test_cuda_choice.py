@@ -195,3 +195,22 @@ def test_nothing_asks_the_device_for_a_value() -> None:
     """A step is recorded as a CUDA graph; the extension is loaded only where a GPU is."""
     for source in (Path(__file__).parents[1] / "mlmfast/cuda").glob("*.py"):
         assert not re.search(r"\.item\(|\.tolist\(|\.cpu\(|nonzero|synchronize", source.read_text(encoding="utf-8"))
+
+
+def test_blocks_of_wide_heads_need_shared_memory(served: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("mlmfast.cuda.disentangled_attention")
+
+    def asked(width: int, places: Tensor | None = None) -> str:
+        rows, table = randn(20, 2, width).to(HALF), randn(9, 2, width).to(HALF)
+        cu = bounds([20])
+        given = (rows, rows, rows, table, table, torch.zeros(41, dtype=torch.int32), cu, cu, 20, 20, None, 0.1)
+        if places is not None:
+            given = (*given[:6], bounds([1]), cu, 1, 20, places, 0.1)
+            given = (rows[:1], *given[1:])
+        return served("disentangled_attention", *given)
+
+    for kilobytes, wide in ((99, "triton"), (163, "cuda"), (227, "cuda")):
+        monkeypatch.setattr(module, "shared_memory", lambda device, size=kilobytes << 10: size)
+        assert asked(128) == wide
+        assert asked(64) == "cuda"
+        assert asked(128, torch.tensor([3])) == "cuda"

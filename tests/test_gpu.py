@@ -123,11 +123,13 @@ def little_memory(free: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("bert", torch.float32), ("deberta", torch.bfloat16)])
 def test_a_batch_that_does_not_fit_is_halved(
-    tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = of_family("bert", tokenizers)
-    lm = mlmfast.load(model.cuda(), tokenizer, batch_tokens=1 << 20)
+    """In bfloat16 the compiled extension allocates, too."""
+    model, tokenizer = of_family(family, tokenizers)
+    lm = mlmfast.load(model.to("cuda", dtype), tokenizer, batch_tokens=1 << 20)
     # Distinct texts of some tokens each: identical copies would be computed once.
     words = [word for text in TEXTS for word in text.split()]
     texts = [" ".join(words[(i * 7 + j * (1 + i // len(words))) % len(words)] for j in range(6)) for i in range(2000)]
@@ -142,5 +144,5 @@ def test_a_batch_that_does_not_fit_is_halved(
     monkeypatch.setattr(execution, "encode", counting)
     with little_memory(LITTLE):
         found = [score.total for score in lm.score(texts)]
-    assert_near(np.array(found), np.array(wanted), 1e-5)
+    assert_near(np.array(found), np.array(wanted), 1e-5 if dtype == torch.float32 else 2e-2)
     assert len(sizes) > 2 and min(sizes) <= max(sizes) // 2

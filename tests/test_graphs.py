@@ -6,9 +6,12 @@ had when it was recorded, as a graph does.
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -31,6 +34,16 @@ from mlmfast.model import MaskedLM
 from mlmfast.packing import PackedBatch, pack
 
 CPU = torch.device("cpu")
+SIMULATED = "SIMULATED_GPU" in os.environ
+
+
+def simulated() -> AbstractContextManager[object]:
+    """What makes the simulated GPU, where there is one, that of another thread, too."""
+    if not SIMULATED:
+        return nullcontext()
+    from simulated_tensors import MODE
+
+    return MODE
 
 
 class StandIn:
@@ -116,18 +129,22 @@ def test_results_outlive_the_next_replay(lms: dict[str, MaskedLM]) -> None:
         assert not torch.allclose(first, second)
 
 
-def test_few_shapes_stay_recorded_and_the_latest_used_do(
+def test_when_many_shapes_are_recorded_all_go_for_the_next(
     lms: dict[str, MaskedLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Never one alone: with it would go the workspace of the others' stream."""
     monkeypatch.setattr(graphs, "MOST_RECORDINGS", 2)
     lm, stand_in = lms["bert"], StandIn()
     first, second, third = [["A"], ["The cat follow."], ["The dogs follow the cat."]]
-    for text in (first, second, first, third):
+    for text in (first, second, first):
         for _ in range(3):
             assert_same(lm, stand_in, text)
-    assert (stand_in.recorded, len(stand_in.graphs._recordings)) == (3, 2)
-    assert_same(lm, stand_in, first)
-    assert_same(lm, stand_in, third)
+    assert (stand_in.recorded, len(stand_in.graphs._recordings)) == (2, 2)
+    recorder = stand_in.graphs._recorder
+    for _ in range(3):
+        assert_same(lm, stand_in, third)
+    assert (stand_in.recorded, len(stand_in.graphs._recordings)) == (3, 1)
+    assert stand_in.graphs._recorder is not recorder
     plain = stand_in.plain
     assert_same(lm, stand_in, second)  # dropped, so it starts over
     assert stand_in.plain == plain + 1 and stand_in.recorded == 3
@@ -407,6 +424,75 @@ def on_cuda(lm: MaskedLM) -> Iterator[None]:
         yield
     finally:
         lm.model.to("cpu")
+
+
+def recordings(count: int) -> Iterator[tuple[graphs.CudaRecorder, Callable[[], Tensor], Tensor]]:
+    """So many recorders with a recording each, of twice a tensor."""
+    for place in range(count):
+        given = torch.full((3,), float(place), device="cuda")
+        recorder = graphs.CudaRecorder(given.device)
+        yield recorder, recorder(lambda given=given: 2 * given), given  # type: ignore[misc]
+
+
+@pytest.mark.gpu
+def test_recorders_that_live_have_streams_of_their_own() -> None:
+    """torch hands out the same 32 in turn."""
+    kept = list(recordings(5))
+    for _ in range(3):
+        list(recordings(9))  # that live no longer
+    kept += recordings(5)
+    assert len({recorder._stream.cuda_stream for recorder, _, _ in kept}) == 10
+    for _, replay, given in kept:
+        given += 1
+        assert replay().tolist() == (2 * given).tolist()
+
+
+@pytest.mark.gpu
+def test_after_a_recording_that_fails_nothing_is_recorded_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs.CudaRecorder, "_spoilt", None)
+    x = torch.ones(3, device="cuda")
+    turns = []
+
+    def full() -> Tensor:
+        turns.append(x)
+        if len(turns) == 2:  # the first one warms up
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x + 1
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.CudaRecorder(x.device)(full)
+    assert graphs.CudaRecorder(x.device)(lambda: x + 1)().tolist() == [2, 2, 2]  # that one ended in order
+    if SIMULATED:  # on a GPU this would spoil the tests that follow
+        with pytest.raises(RuntimeError, match="capturing"):
+            graphs.CudaRecorder(x.device)(lambda: x + x.sum().item())
+        with pytest.raises(RuntimeError, match="earlier recording of this process has failed: .*capturing"):
+            graphs.CudaRecorder(x.device)(lambda: x + 1)
+
+
+@pytest.mark.gpu
+def test_one_recording_at_a_time() -> None:
+    """Of models in two threads: the beginning of a recording waits for the device, which another would not survive."""
+    under_way, most = 0, []
+    x = torch.ones(3, device="cuda")
+
+    def run() -> Tensor:
+        nonlocal under_way
+        under_way += 1
+        most.append(under_way)
+        time.sleep(0.02)
+        under_way -= 1
+        return x + 1
+
+    def record() -> None:
+        with simulated():
+            graphs.CudaRecorder(x.device)(run)
+
+    threads = [threading.Thread(target=record) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 6 and max(most) == 1
 
 
 @pytest.mark.gpu

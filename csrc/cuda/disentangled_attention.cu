@@ -8,6 +8,7 @@ namespace mlmfast::cuda {
 namespace {
 
 const char* const OP = "disentangled_attention";
+static_assert(Layout<128>::BYTES == 143360, "WIDEST_BYTES of mlmfast/cuda/disentangled_attention.py says so, too");
 
 template <int D, class T>
 __global__ void __launch_bounds__(THREADS) attend_blocks(Attention a, int blocks) {

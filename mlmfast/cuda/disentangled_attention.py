@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,14 @@ from mlmfast.kernels.disentangled_attention import disentangled_attention as tri
 WIDTHS = (32, 64, 128)
 # Queries of a sequence at any places that have a block of threads each; more are better off in Triton's tiles.
 FEW_QUERIES = 16
+# Bytes of shared memory that blocks of queries take with heads 128 wide: Layout<128>::BYTES of the kernel. GPUs of
+# compute capability 8.6, 8.9 and 12.0 have 99 KB.
+WIDEST_BYTES = 143360
 # What else than op and dtype decides, for doctor.
-LIMITS = f"heads {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} wide; others go to triton"
+LIMITS = (
+    f"heads {', '.join(map(str, WIDTHS[:-1]))} or {WIDTHS[-1]} wide, the last, but for few queries, on GPUs with "
+    f"{WIDEST_BYTES >> 10} KB of shared memory a block; others go to triton"
+)
 
 
 def disentangled_attention(
@@ -28,7 +37,8 @@ def disentangled_attention(
     q_positions: Tensor | None,
     scale: float,
 ) -> Tensor:
-    if q.shape[2] not in WIDTHS or (q_positions is not None and max_seqlen_q > FEW_QUERIES):
+    few = q_positions is not None
+    if q.shape[2] not in WIDTHS or (max_seqlen_q > FEW_QUERIES if few else not holds(q)):
         return triton_attention(
             q,
             k,
@@ -50,6 +60,18 @@ def disentangled_attention(
     return torch.ops.mlmfast_cuda.disentangled_attention(
         q, k, v, pos_key, pos_query, buckets, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, q_positions, scale
     )
+
+
+def holds(q: Tensor) -> bool:
+    """Whether the GPU has the shared memory for blocks of queries ``[T, H, D]``."""
+    return q.shape[2] < WIDTHS[-1] or shared_memory(q.device) >= WIDEST_BYTES
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub does not know this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def aligned(x: Tensor) -> bool:
