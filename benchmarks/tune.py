@@ -39,6 +39,7 @@ from torch import Tensor
 from tune_cases import Case
 from tune_compile import Compiler
 
+from mlmfast.bench import machine
 from mlmfast.kernels import launches
 from mlmfast.kernels.launches import Launch
 
@@ -331,7 +332,8 @@ def main() -> None:
     rehearsed = Path(tempfile.gettempdir()) / "mlmfast-tune-toy" if given.toy else None
     configs = given.configs or rehearsed or launches.FOLDER
     results = given.results or rehearsed or ROOT / "benchmarks" / "results"
-    record = Record(configs / f"{name}.json", results / name / "tuning.json")
+    folder = name if given.toy else machine.slug(machine.device_name(str(device)))
+    record = Record(configs / f"{name}.json", results / folder / "tuning.json")
     left = [case for case in cases if given.again or not record.has(case)]
     print(f"{len(left)} cases to tune, {len(cases) - len(left)} are in {record.measured}", flush=True)
     torch.manual_seed(0)

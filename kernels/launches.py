@@ -48,9 +48,9 @@ def case(dtype: torch.dtype, *sizes: int) -> str:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """A device's name as its file has it, ``"nvidia_h200"``; ``"cpu"`` for the interpreter."""
+    """A device's name as its file has it, ``"nvidia-h200"``; ``"cpu"`` for the interpreter."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return re.sub(r"\W+", "_", name.lower()).strip("_")
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")
 
 
 @cache

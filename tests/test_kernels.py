@@ -17,6 +17,7 @@ from op_cases import BACKENDS, bounds, moved, randn, serving
 from torch import Tensor
 
 from mlmfast import backends, cuda, machine
+from mlmfast.bench import machine as bench_machine
 from mlmfast.errors import BackendError
 from mlmfast.machine import GPU
 from mlmfast.model import MaskedLM
@@ -24,7 +25,7 @@ from mlmfast.model import MaskedLM
 pytest.importorskip("triton", reason="the kernels need triton")
 from mlmfast import kernels
 from mlmfast.kernels import disentangled_attention as banded
-from mlmfast.kernels import vocab_topk
+from mlmfast.kernels import launches, vocab_topk
 from mlmfast.kernels.add_layer_norm import add_layer_norm
 from mlmfast.kernels.vocab_logprob import vocab_logprob
 from mlmfast.kernels.vocab_rows import vocab_rows
@@ -37,6 +38,14 @@ TRITON = next(b for b in BACKENDS if b.name in ("triton", "interpreter"))
 CPU = torch.device("cpu")
 # What runs kernels runs them on the GPU if there is one, and is among the tests that need it.
 on_gpu = pytest.mark.gpu if TRITON.device == "cuda" else pytest.mark.skipif(False, reason="interpreted")
+
+
+def test_names_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its launches in kernels/configs, and of its folder in benchmarks/results."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert launches.device_name.__wrapped__(torch.device("cuda")) == "nvidia-h200"
+    assert bench_machine.slug(bench_machine.device_name("cuda")) == "h200"
+    assert bench_machine.slug("NVIDIA A100-SXM4-80GB") == "a100_sxm4_80gb"
 
 
 # ---- compiled, not run

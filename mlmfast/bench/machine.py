@@ -62,8 +62,8 @@ def device_name(device: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name as its files have it: ``"NVIDIA H200"`` is ``"nvidia_h200"``."""
-    return re.sub(r"\W+", "_", name.lower()).strip("_")
+    """A device's name as its results have it: ``"NVIDIA H200"`` is ``"h200"``, ``"AMD EPYC"`` ``"amd_epyc"``."""
+    return re.sub(r"\W+", "_", name.lower().removeprefix("nvidia ")).strip("_")
 
 
 def cpu_name() -> str:
