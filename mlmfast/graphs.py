@@ -116,8 +116,9 @@ class CudaRecorder:
 
 
 def _own_stream(device: torch.device, taken: set[int]) -> torch.cuda.Stream:
-    """A stream that is not taken; torch hands out the same 32 in turn."""
-    streams = [torch.cuda.Stream(device) for _ in range(32)]
+    """A stream that is not taken, of the 32 that torch hands out in turn; the same one again when it is free, since
+    cuBLAS keeps a workspace for each that it has seen (torch 2.11)."""
+    streams = sorted((torch.cuda.Stream(device) for _ in range(32)), key=lambda stream: stream.cuda_stream)
     return next((stream for stream in streams if stream.cuda_stream not in taken), streams[0])
 
 

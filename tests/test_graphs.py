@@ -6,6 +6,7 @@ had when it was recorded, as a graph does.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -440,8 +441,11 @@ def test_recorders_that_live_have_streams_of_their_own() -> None:
     kept = list(recordings(5))
     for _ in range(3):
         list(recordings(9))  # that live no longer
+    gc.collect()
     kept += recordings(5)
     assert len({recorder._stream.cuda_stream for recorder, _, _ in kept}) == 10
+    free = [graphs.CudaRecorder(torch.device("cuda"))._stream.cuda_stream for _ in range(3)]
+    assert len(set(free)) == 1  # each of them lived for a moment
     for _, replay, given in kept:
         given += 1
         assert replay().tolist() == (2 * given).tolist()
