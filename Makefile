@@ -100,19 +100,21 @@ FROM_CHECKOUT = $(PYTHON) benchmarks/from_checkout.py
 # The tests that need a GPU. Without one they would all be skipped, which must not look like success. Several at a time where
 # pytest-xdist is there: most of the time goes to Triton's compiler.
 GPU_WORKERS ?= $(shell $(PYTHON) -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
+# GPU_BACKENDS=triton where the CUDA extension is not built: without that its absence is a failure.
+GPU_BACKENDS ?= cuda,triton
 gpu-test:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU that torch can use")'
 	$(FROM_CHECKOUT) -m pytest -q -m gpu $(GPU_WORKERS)
 	$(FROM_CHECKOUT) -m pytest -q -m "not gpu" tests/test_kernels.py # compiled by this machine's Triton
-	$(FROM_CHECKOUT) benchmarks/check_ops.py --repeats 20
+	$(FROM_CHECKOUT) benchmarks/check_ops.py --repeats 20 --backends $(GPU_BACKENDS)
 
 # The same ops in small shapes under compute-sanitizer, each tensor in an allocation of its own, so that what reads beside
-# it is seen. Kernels are compiled before, by the first line.
+# it is seen. Kernels are compiled before, by the first line. One tool at a time where time is short: TOOLS=memcheck.
 TOOLS ?= memcheck racecheck
 gpu-sanitize:
 	$(FROM_CHECKOUT) benchmarks/check_ops.py --alone
-	for tool in $(TOOLS); do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(FROM_CHECKOUT) benchmarks/check_ops.py --alone || exit 1; done
+	status=0; for tool in $(TOOLS); do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(FROM_CHECKOUT) benchmarks/check_ops.py --alone $(SANITIZE_FLAGS) || status=1; done; exit $$status
 
 # What waits for a GPU, on a simulated one (tests/simulated_gpu.py): whole models, graphs and scripts, the reference in
 # the place of the kernels.

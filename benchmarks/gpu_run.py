@@ -25,6 +25,9 @@ from mlmfast.errors import RequestError
 LISTS = ("checks", "rows", "details", "ranking", "generation", "ops", "skipped", "failed", "not_run", "done")
 # What may differ between two runs of one result, in the header and in its settings.
 VARYING = ("time", "load", "copy_bandwidth", "matrix_rates", "continued")
+# What the next machine of the kind may have otherwise, and the commit, which results committed in between change: what
+# was measured is the sources, by their hash. Each continuation notes its own.
+NOTED = ("time", "load", "commit", "cpu", "cores", "threads", "instructions", "system")
 VARYING_SETTINGS = ("budget", "anew", "retry")
 
 
@@ -86,7 +89,7 @@ class Result:
         if retry:
             lists["failed"] = []
         kept = there["header"]
-        kept["continued"] = [*kept.get("continued", []), {name: header[name] for name in ("time", "load")}]
+        kept["continued"] = [*kept.get("continued", []), {name: header[name] for name in NOTED if name in header}]
         kept["copy_bandwidth"] = max(kept["copy_bandwidth"], header["copy_bandwidth"])
         return cls(path, kept, lists)
 
@@ -116,7 +119,10 @@ class Result:
 def lasting(header: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one result have in common."""
     settings = {name: value for name, value in header.get("settings", {}).items() if name not in VARYING_SETTINGS}
-    return {name: value for name, value in header.items() if name not in (*VARYING, "settings")} | settings
+    found = {name: value for name, value in header.items() if name not in (*VARYING, *NOTED, "settings")} | settings
+    if "device" in found:  # which may have a little more memory or less, by the driver
+        found["device"] = {name: value for name, value in found["device"].items() if name != "memory_bytes"}
+    return found
 
 
 def finite(value: Any) -> Any:

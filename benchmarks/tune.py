@@ -37,7 +37,7 @@ import triton
 import tune_cases
 from torch import Tensor
 from tune_cases import Case
-from tune_compile import Compiler
+from tune_compile import NOT_IN_TIME, Compiler
 
 from mlmfast.bench import machine
 from mlmfast.kernels import launches
@@ -195,9 +195,10 @@ class Record:
         self.versions = {"triton": triton.__version__, "kernels": text_of_kernels()}
 
     def has(self, case: Case) -> bool:
-        """Whether it was measured with this Triton and these kernels."""
+        """Whether it was measured with this Triton and these kernels, and with all its candidates."""
         known = self.found.get(case.kernel, {}).get(case.name, {})
-        return known.get("versions") == self.versions
+        late = any(reason == NOT_IN_TIME for _, reason in known.get("left_out", []))
+        return known.get("versions") == self.versions and not late
 
     def add(self, case: Case, result: Tuned) -> None:
         """Writes both files anew, the configurations first: a case that is in neither is measured again."""
@@ -271,7 +272,9 @@ def chosen_cases(given: argparse.Namespace) -> list[Case]:
     every = [case for dtype in given.dtypes for case in tune_cases.cases(DTYPES[dtype], scale)]
     if given.toy:  # a few of each kind will do
         every = [replace(case, candidates=case.candidates[:: len(case.candidates) // 3 + 1]) for case in every]
-    unlike = {(case.kernel, case.name): case for case in every}  # a row's softmax is float32 whatever was asked for
+    # A row's softmax is float32 whatever was asked for: the first dtype's, whose product hides least of it.
+    unlike = {(case.kernel, case.name): case for case in reversed(every)}
+    unlike = dict(reversed(unlike.items()))
     return [case for case in unlike.values() if not given.kernels or case.kernel in given.kernels]
 
 

@@ -28,6 +28,8 @@ from mlmfast.kernels.launches import Launch
 META = torch.device("meta")
 # Bytes of stack up to which a candidate is still run: a few numbers may wait there while a loop runs, at no cost.
 SPILLED = 32
+# Why a candidate was not tried that may be, another time.
+NOT_IN_TIME = "not compiled in time"
 
 
 class Target:
@@ -129,5 +131,5 @@ class Compiler:
             try:
                 found.append(self._asked.pop((place, number)).get(max(0.0, end - time.monotonic())))
             except multiprocessing.TimeoutError:
-                found.append("not compiled in time")
+                found.append(NOT_IN_TIME)
         return found[1:]

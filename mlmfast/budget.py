@@ -92,7 +92,7 @@ def make_room(device: torch.device) -> None:
     """Lets what is freed go back to the system; for a process that has run out of memory.
 
     On CUDA what torch holds without use is handed back, once: the driver needs it for kernels that are yet to be
-    loaded, and for pinned memory. On the CPU what is freed goes back from now on. glibc keeps freed pieces of up to
+    loaded. On the CPU what is freed goes back from now on. glibc keeps freed pieces of up to
     32 MiB for itself once it has seen such, in a heap that small ones break up: where memory is limited no batch would
     fit any more, however small, and nothing else that takes memory on its own, such as oneDNN's code. It costs faulting
     in each large tensor anew. Elsewhere than under glibc nothing is changed.

@@ -244,8 +244,8 @@ class WindowSteps:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            make_room(self._device)
             forgotten = self._graphs is not None and self._graphs.forget()  # what they held may be what was missing
+            make_room(self._device)
             if len(lines) == 1 and not forgotten:
                 raise
         if forgotten:

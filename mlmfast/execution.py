@@ -331,8 +331,9 @@ def run(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            forgotten = graphs is not None and graphs.forget()  # what they held may be what was missing
             make_room(device)
-            if graphs is not None and graphs.forget():  # what they held may be what was missing
+            if forgotten:
                 waiting.append(batch)
             elif batch.copies > 1:
                 waiting.extend(halves(batch)[::-1])

@@ -60,6 +60,10 @@ class Recording:
     replay: Callable[[], Tensor]
 
 
+class NotBegun(RuntimeError):
+    """A recording that was refused before it touched the device: what is recorded stays good."""
+
+
 class CudaRecorder:
     """Records passes as CUDA graphs of one memory pool: they never run at the same time, so each may use it all.
 
@@ -74,14 +78,16 @@ class CudaRecorder:
     _spoilt: ClassVar[str | None] = None
 
     def __init__(self, device: torch.device) -> None:
-        self._stream: torch.cuda.Stream = _own_stream(device, {one._stream.cuda_stream for one in CudaRecorder._living})
+        with CudaRecorder._turn:
+            taken = {one._stream.cuda_stream for one in CudaRecorder._living}
+            self._stream: torch.cuda.Stream = _own_stream(device, taken)
+            CudaRecorder._living.add(self)
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
-        CudaRecorder._living.add(self)
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with CudaRecorder._turn:
             if CudaRecorder._spoilt is not None:
-                raise RuntimeError(f"an earlier recording of this process has failed: {CudaRecorder._spoilt}")
+                raise NotBegun(f"an earlier recording of this process has failed: {CudaRecorder._spoilt}")
             current = torch.cuda.current_stream(self._stream.device)
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):  # around the capture too, which does not leave its stream if it fails
@@ -119,7 +125,10 @@ def _own_stream(device: torch.device, taken: set[int]) -> torch.cuda.Stream:
     """A stream that is not taken, of the 32 that torch hands out in turn; the same one again when it is free, since
     cuBLAS keeps a workspace for each that it has seen (torch 2.11)."""
     streams = sorted((torch.cuda.Stream(device) for _ in range(32)), key=lambda stream: stream.cuda_stream)
-    return next((stream for stream in streams if stream.cuda_stream not in taken), streams[0])
+    for stream in streams:
+        if stream.cuda_stream not in taken:
+            return stream
+    raise NotBegun("as many models and generations record at once as torch has streams")
 
 
 class Graphs(Generic[B]):
@@ -156,6 +165,7 @@ class Graphs(Generic[B]):
 
     def _forget(self) -> bool:
         self._seen.clear()
+        self._refused.clear()
         return self._drop()
 
     def _drop(self) -> bool:
@@ -180,7 +190,6 @@ class Graphs(Generic[B]):
         """The recording that serves a batch, made now if its time has come; None for a plain pass."""
         if setting != self._setting:
             self._forget()
-            self._refused.clear()
             self._setting = setting
         key = batch.shape()
         if key in self._recordings:
@@ -197,11 +206,15 @@ class Graphs(Generic[B]):
             self._drop()
         try:
             recording = self._record(spec, mask_token_id, device, batch)
-        except Exception as error:  # whatever it is, the plain pass either works or says so itself
-            self._drop()  # the others' workspace may have gone with the one that failed
-            if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
-                return None  # there may be more another time
+        except BaseException as error:  # whatever it is, the plain pass either works or says so itself
+            if not isinstance(error, NotBegun):
+                self._drop()  # the others' workspace may have gone with the one that failed
+            if not isinstance(error, Exception):  # an interrupt
+                raise
+            # Where memory ended, too, until all are forgotten: this one would drop the others each time that it comes.
             self._refused.add(key)
+            if isinstance(error, (RuntimeError, MemoryError)) and out_of_memory(error):
+                return None
             if not self._warned:
                 self._warned = True
                 warnings.warn(

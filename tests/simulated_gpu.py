@@ -7,8 +7,8 @@ it. ``make gpu-rehearsal`` and ``make gpu-rehearsal-all`` run them; ``python tes
 ``-m`` and a module, or ``mlmfast``.
 
 It shows what a first run on a GPU would otherwise be spent on: a tensor left on the host, a wait for the device where
-none may be, a graph that reads what is no longer there. It shows nothing of the compiled kernels, of streams that
-overtake each other, or of speed.
+none may be, a graph that was given what changes. It shows nothing of the compiled kernels, of memory that was freed and
+used again (pools of graphs, pinned buffers), of streams that overtake each other, or of speed.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ What is held to CUDA's rules:
 - tensors of the host and of the device do not meet in an operation, but for single numbers, indices and copies;
 - what makes the host wait (a value read, a size that depends on values, a copy that is not ``non_blocking``) is an
   error where :func:`torch.cuda.set_sync_debug_mode` says so, and in every recording;
-- a recording holds operations with the memory that they were given, and a replay repeats them there;
+- a recording holds operations with the memory that they were given, and a replay repeats them there (what would be
+  gone by then is kept: only values that have changed show);
 - memory is counted, and limited by :func:`torch.cuda.set_per_process_memory_fraction`.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -56,6 +58,10 @@ INDEXING = {
 }
 # Where tensors of the host are welcome beside the device's: the device reads them before the operation returns.
 MIXING = {aten.copy_.default, aten._to_copy.default, *INDEXING}
+
+
+# What makes a tensor of values that the host has: a copy that is waited for.
+FROM_VALUES = {torch.tensor, torch.as_tensor}
 
 
 class Memory:
@@ -241,8 +247,17 @@ class Simulation(TorchFunctionMode):
         if names_device(kwargs.get("device")):
             del kwargs["device"]
             if not any(map(on_device, tree_leaves(args))):
-                return wrapped(func(*args, **kwargs, device=HOST))
+                return made(partial(func, device=HOST), args, kwargs, func in FROM_VALUES)
         return func(*args, **kwargs)
+
+
+def made(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], from_values: bool) -> Any:
+    """A new tensor of the device."""
+    if from_values:
+        DEVICE.wait("values of the host")
+    out = func(*args, **kwargs)
+    DEVICE.did(again(func, args, kwargs, out))
+    return wrapped(out)
 
 
 def numbers_placed(func: Any, args: Any) -> Any:

@@ -271,10 +271,11 @@ inline void load_matrices_turned(uint32_t (&into)[4], const void* row) {
   }
 }
 
-inline void check_16(const void* global) {
-  if (reinterpret_cast<uintptr_t>(global) % 16) std::abort();  // a GPU would stop, too
+inline void check_16(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) std::abort();  // a GPU would stop, too
 }
 inline void copy_16(void* shared, const void* global, bool there) {
+  check_16(shared);
   if (there) check_16(global);
   Block::current()->copy(shared, there ? global : nullptr);
 }

@@ -29,11 +29,12 @@ struct Launch {
   static thread_local char* memory;
   static thread_local size_t allowed;  // bytes of shared memory that the next launch may have
 
-  static constexpr size_t UNASKED = 48 << 10;
+  static constexpr size_t UNASKED = 48 << 10, MOST = 227 << 10;
   static constexpr char UNWRITTEN = 0x7f;
 
   static void run(dim3 grid, unsigned threads, size_t bytes, void*, const std::function<void()>& kernel) {
-    if (bytes > allowed) throw std::logic_error("a launch with more shared memory than was asked for");
+    if (bytes > allowed || bytes > MOST) throw std::logic_error("a launch with more shared memory than it may have");
+    if (threads > 1024 || grid.y > 65535) throw std::logic_error("a launch larger than a GPU takes");
     allowed = UNASKED;
     static int launches = 0;
     Block::order() = launches++ - 1;
