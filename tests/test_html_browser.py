@@ -35,6 +35,10 @@ BOXES = """() => [...document.querySelectorAll("[data-l]")].map((token) => ({
 }))"""
 FIRSTS = "() => [...document.querySelectorAll('tbody tr:not([hidden])')].map((row) => row.cells[0].textContent)"
 ACTIVE = "() => document.activeElement.textContent"
+IN_SIGHT = """() => {
+  const { top, bottom } = document.activeElement.getBoundingClientRect();
+  return top >= 0 && bottom <= innerHeight;
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +325,7 @@ def test_a_page_of_many_tokens_is_laid_out_where_it_is_looked_at(
         assert page.evaluate(ACTIVE) == "1" and "exactly" in page.get_by_role("tooltip").inner_text()
         page.keyboard.press("Home")
         assert page.evaluate(ACTIVE) == "▁tea"
+        page.wait_for_function(IN_SIGHT)  # some frames later: the rows around are laid out then
         box = page.locator(":focus").bounding_box()
         assert 0 <= box["y"] <= 800 - box["height"]
         page.keyboard.press("Escape")  # the card throws a shadow
