@@ -86,8 +86,21 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
     assert strict(result.path)["done"] == ["one"]
 
 
+def test_the_next_machine_of_a_kind_goes_on(tmp_path: Path) -> None:
+    """With another processor, a little more memory, a commit of what was measured so far; the sources are the same."""
+    result = result_of(tmp_path)
+    result.header = HEADER | {"device": {"name": "x", "memory_bytes": 5}}
+    result.add({"checks": [{"agrees": True}]})
+    found = opened(result, {"commit": "b", "cpu": "other", "device": {"name": "x", "memory_bytes": 7}})
+    assert len(found.lists["checks"]) == 1
+    assert (found.header["commit"], found.header["continued"]) == (
+        "a",
+        [{"time": "1", "load": 0.1, "commit": "b", "cpu": "other"}],
+    )
+
+
 @pytest.mark.parametrize(
-    "other", [{"commit": "b"}, {"settings": {"budget": 1, "rounds": 7}}, {"device": {"name": "x"}}]
+    "other", [{"sources": "b"}, {"settings": {"budget": 1, "rounds": 7}}, {"device": {"name": "x"}}]
 )
 def test_what_was_measured_otherwise_is_not_continued(tmp_path: Path, other: dict[str, Any]) -> None:
     result = result_of(tmp_path)
