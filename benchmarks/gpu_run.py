@@ -118,11 +118,11 @@ class Result:
 
 def lasting(header: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one result have in common."""
-    settings = {name: value for name, value in header.get("settings", {}).items() if name not in VARYING_SETTINGS}
-    found = {name: value for name, value in header.items() if name not in (*VARYING, *NOTED, "settings")} | settings
+    found = {name: value for name, value in header.items() if name not in (*VARYING, *NOTED, "settings")}
     if "device" in found:  # which may have a little more memory or less, by the driver
         found["device"] = {name: value for name, value in found["device"].items() if name != "memory_bytes"}
-    return found
+    settings = header.get("settings", {}).items()
+    return found | {f"the setting {name}": value for name, value in settings if name not in VARYING_SETTINGS}
 
 
 def finite(value: Any) -> Any:
