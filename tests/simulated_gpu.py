@@ -222,7 +222,7 @@ def install(kernels: str, extension: str | None = None) -> None:
         kernels: what runs in place of Triton's: ``"interpreted"``, or the ``"reference"``, a hundred times as fast.
         extension: the CUDA extension as :mod:`emulated_extension` compiles it; None: it is not installed.
     """
-    torch.Generator = Generator  # type: ignore[misc]
+    torch.Generator = Generator  # type: ignore[misc]  # a class of torch's, replaced: what this is for
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay one tensor
     for name, value in {
         "is_available": lambda: True,

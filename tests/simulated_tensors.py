@@ -148,6 +148,7 @@ class OnGPU(Tensor):
     def __init__(self, held: Tensor) -> None:
         pass
 
+    # torch's stubs give __repr__ another argument, and call the others plain attributes.
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnGPU({self.held!r})"
 
