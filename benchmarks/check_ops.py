@@ -91,8 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     its = parsed(arguments)
     try:
         check_device(its.device)
-        if unknown := [name for name in its.dtypes if name not in DTYPES]:
-            raise RequestError(f"dtype {unknown[0]!r} is not known; choose from {', '.join(DTYPES)}")
+        known_backends = [backend.name for backend in backends.BACKENDS]
+        for what, asked, known in (
+            ("dtype", its.dtypes, DTYPES),
+            ("backend", its.backends, known_backends),
+            ("op", its.ops, backends.OPS),
+        ):
+            if unknown := [name for name in asked if name not in known]:
+                raise RequestError(f"{what} {unknown[0]!r} is not known; choose from {', '.join(known)}")
     except RequestError as error:
         print(f"check_ops.py: {error}", file=sys.stderr)
         return 2

@@ -141,3 +141,15 @@ def test_inputs_are_drawn_anew_for_every_set() -> None:
     first, second = ops.input_sets(case, torch.float32, "cpu")
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[0], ops.input_sets(case, torch.float32, "cpu")[0][0])
+
+
+@pytest.mark.parametrize("flags", [["--backends", "bogus"], ["--dtypes", "bogus"], ["--ops", "bogus"]])
+def test_what_check_ops_does_not_know(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("check_ops").main(["--device", "cpu", *flags]) == 2
+    assert "'bogus' is not known; choose from" in capsys.readouterr().err
+
+
+def test_a_named_backend_that_serves_nothing_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("check_ops").main(["--device", "cpu", "--ops", "rotary", "--backends", "reference,cuda"]) == 1
+    assert "cuda serves none of these ops here" in capsys.readouterr().out
+    assert script("check_ops").main(["--device", "cpu", "--ops", "rotary", "--backends", "reference"]) == 0
